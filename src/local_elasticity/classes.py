@@ -1,0 +1,397 @@
+"""Class-by-class tables of a similarity, with their sampling error.
+
+The error comes from a two-way bootstrap: the sources of each class and the targets of each class are resampled
+independently, with the same weights in every cell, so that cells which share probes vary together as they should.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from local_elasticity.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Cells = Float[np.ndarray, "k k"]
+Counts = Int[np.ndarray, "k k"]
+Interval = tuple[float, float]
+
+_HEAVY_PAIRS = 20  # fewer pairs than these are never called heavy tailed
+_WEIGHTS_AT_ONCE = 1 << 22  # of the pairs of a cell, while medians are resampled
+
+
+class _Pairs(NamedTuple):
+    """The pairs of a table: their values, which of them count, and the members of each class."""
+
+    s: Float[np.ndarray, "s t"]
+    used: Bool[np.ndarray, "s t"]
+    rows: list[Int[np.ndarray, " n"]]
+    columns: list[Int[np.ndarray, " m"]]
+
+    def cells(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Every cell: source class, target class, values, which of them count."""
+        for a, r in enumerate(self.rows):
+            for b, c in enumerate(self.columns):
+                yield a, b, self.s[np.ix_(r, c)], self.used[np.ix_(r, c)]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """A similarity by [source class, target class].
+
+    Attributes:
+        classes: the labels, ascending.
+        class_names: their names.
+        values: mean of the ratios in each cell.
+        median: median of the ratios.
+        ratio_of_means: sum of the numerators over sum of the denominators; NaN unless denominators were given.
+        standard_error: standard deviation of ``values`` over the bootstrap.
+        interval_low: lower end of the bootstrap interval of ``values``.
+        interval_high: its upper end.
+        n_pairs: pairs that count.
+        n_undefined: pairs left out because their ratio is undefined.
+        heavy_tailed: the largest 1 % of the pairs carry over half of the sum of absolute values.
+        intra: unweighted mean of the diagonal cells.
+        inter: unweighted mean of the other cells.
+        ratio: inter / intra.
+        intra_interval: (low, high) of ``intra``.
+        inter_interval: (low, high) of ``inter``.
+        ratio_interval: (low, high) of ``ratio``.
+        self_pairs: whether pairs of a sample with itself are ``"in"`` or ``"out"``.
+        confidence: coverage asked of the intervals.
+        seed: of the bootstrap.
+        n_boot: resamples of the bootstrap.
+    """
+
+    classes: Int[np.ndarray, " k"]
+    class_names: tuple[str, ...]
+    values: Cells
+    median: Cells
+    ratio_of_means: Cells
+    standard_error: Cells
+    interval_low: Cells
+    interval_high: Cells
+    n_pairs: Counts
+    n_undefined: Counts
+    heavy_tailed: Bool[np.ndarray, "k k"]
+    intra: float
+    inter: float
+    ratio: float
+    intra_interval: Interval
+    inter_interval: Interval
+    ratio_interval: Interval
+    self_pairs: Literal["in", "out"]
+    confidence: float
+    seed: int
+    n_boot: int
+    _pairs: _Pairs = field(repr=False)
+
+    def median_interval(self) -> tuple[Cells, Cells]:
+        """Lower and upper end of the bootstrap interval of ``median``, on the same resamples as the others."""
+        w, v = _weights(self._pairs, self.n_boot, self.seed)
+        boot = np.full((self.n_boot, *self.values.shape), np.nan)
+        for a, b, values, used in self._pairs.cells():
+            step = max(1, _WEIGHTS_AT_ONCE // used.size)
+            for i in range(0, self.n_boot, step):
+                weights = w[a][i : i + step, :, None] * v[b][i : i + step, None, :]
+                boot[i : i + step, a, b] = _weighted_medians(values[used], weights[:, used])
+        boot[:, _single(self._pairs)] = np.nan
+        low, high = _interval(boot, self.confidence)
+        return low, high
+
+    def to_xarray(self) -> xr.Dataset:
+        """The table as a dataset with dimensions ``source_class`` and ``target_class``."""
+        import xarray as xr
+
+        dims = ("source_class", "target_class")
+        cells = {"mean": self.values}
+        names = ("median", "ratio_of_means", "standard_error", "interval_low", "interval_high")
+        cells |= {name: getattr(self, name) for name in (*names, "n_pairs", "n_undefined", "heavy_tailed")}
+        scalars = {}
+        for name in ("intra", "inter", "ratio"):
+            low, high = getattr(self, f"{name}_interval")
+            scalars |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
+        labels = list(self.class_names)
+        return xr.Dataset(
+            {name: (dims, cell) for name, cell in cells.items()} | scalars,
+            coords={"source_class": labels, "target_class": labels},
+            attrs={"self_pairs": self.self_pairs, "confidence": self.confidence, "seed": self.seed},
+        )
+
+
+def by_class(
+    s: Any,
+    ys: Any,
+    yt: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    exclude_self: bool = False,
+    source_ids: Any = None,
+    target_ids: Any = None,
+    denominators: Any = None,
+    n_boot: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ClassTable:
+    """Average a similarity over the pairs of each two classes.
+
+    Args:
+        s: (n_s, n_t) similarity of source and target; NaN where it is undefined.
+        ys: (n_s,) integer class of each source.
+        yt: (n_t,) integer class of each target.
+        class_names: the name of every label from 0 on; the labels themselves unless given.
+        exclude_self: leave out pairs of a sample with itself.
+        source_ids: (n_s,) sample index of each source; without ids a square ``s`` with equal labels means the diagonal.
+        target_ids: (n_t,) sample index of each target.
+        denominators: (n_s,) what ``similarity.movements`` gives, for ``ratio_of_means``.
+        n_boot: resamples of the bootstrap; 0 for none.
+        confidence: coverage of the intervals.
+        seed: of the bootstrap.
+
+    Returns:
+        The table. A cell whose source or target class has one probe has no interval.
+    """
+    s, ys, yt = _numbers(s), _labels(ys, "ys"), _labels(yt, "yt")
+    _check_sizes(s, ys, yt, n_boot, confidence)
+    classes = _classes(ys, yt)
+    names = _names(class_names, classes)
+    kept = ~_self_pairs(s, ys, yt, source_ids, target_ids) if exclude_self else np.ones(s.shape, bool)
+    pairs = _Pairs(
+        s, kept & np.isfinite(s), [np.flatnonzero(ys == c) for c in classes], [np.flatnonzero(yt == c) for c in classes]
+    )
+    values, median, n_pairs, heavy = _describe(pairs)
+    counted = _cell_sums(pairs, kept.astype(float)).astype(np.int64)
+    boot = _bootstrap(pairs, n_boot, seed)
+    low, high = _interval(boot, confidence)
+    points, ends = _aggregates(values[None]), [_interval(a, confidence) for a in _aggregates(boot)]
+    intra, inter, ratio = (float(a[0]) for a in points)
+    intervals = [(float(a), float(b)) for a, b in ends]
+    return ClassTable(
+        classes=classes,
+        class_names=names,
+        values=values,
+        median=median,
+        ratio_of_means=_ratio_of_means(pairs, denominators),
+        standard_error=_spread(boot),
+        interval_low=low,
+        interval_high=high,
+        n_pairs=n_pairs,
+        n_undefined=counted - n_pairs,
+        heavy_tailed=heavy,
+        intra=intra,
+        inter=inter,
+        ratio=ratio,
+        intra_interval=intervals[0],
+        inter_interval=intervals[1],
+        ratio_interval=intervals[2],
+        self_pairs="out" if exclude_self else "in",
+        confidence=confidence,
+        seed=seed,
+        n_boot=n_boot,
+        _pairs=pairs,
+    )
+
+
+def _describe(pairs: _Pairs) -> tuple[Cells, Cells, Counts, Bool[np.ndarray, "k k"]]:
+    """Mean, median, count and heavy tail of every cell."""
+    k = len(pairs.rows)
+    mean, median = np.full((k, k), np.nan), np.full((k, k), np.nan)
+    count, heavy = np.zeros((k, k), np.int64), np.zeros((k, k), bool)
+    for a, b, cell, used in pairs.cells():
+        x = cell[used]
+        count[a, b] = x.size
+        if x.size:
+            mean[a, b], median[a, b], heavy[a, b] = x.mean(), np.median(x), _is_heavy(x)
+    return mean, median, count, heavy
+
+
+def _is_heavy(x: Float[np.ndarray, " n"]) -> bool:
+    """Whether the largest 1 % (rounded up) carry over half of the sum of absolute values."""
+    if x.size < _HEAVY_PAIRS:
+        return False
+    size, top = np.abs(x), math.ceil(x.size / 100)
+    return bool(np.partition(size, -top)[-top:].sum() > 0.5 * size.sum())
+
+
+def _cell_sums(pairs: _Pairs, x: Float[np.ndarray, "s t"]) -> Cells:
+    """The sum of ``x`` over every cell."""
+    return np.array([[x[np.ix_(r, c)].sum() for c in pairs.columns] for r in pairs.rows])
+
+
+def _ratio_of_means(pairs: _Pairs, denominators: Any) -> Cells:
+    """Summed numerators over summed denominators of the pairs that count."""
+    k, n_s = len(pairs.rows), pairs.s.shape[0]
+    if denominators is None:
+        return np.full((k, k), np.nan)
+    den = _numbers(denominators)
+    if den.shape != (n_s,):
+        raise InputError(
+            expected=f"denominators of shape ({n_s},)", got=f"shape {den.shape}", do="give one for each source"
+        )
+    weight = np.where(pairs.used, den[:, None], 0.0)
+    return _divide(_cell_sums(pairs, weight * np.where(pairs.used, pairs.s, 0.0)), _cell_sums(pairs, weight))
+
+
+def _weights(pairs: _Pairs, n_boot: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """How often every resample draws each source and each target, by class."""
+    rng = np.random.default_rng(seed)
+
+    def draw(members: np.ndarray) -> np.ndarray:
+        n = members.size
+        return rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+
+    return [draw(r) for r in pairs.rows], [draw(c) for c in pairs.columns]
+
+
+def _bootstrap(pairs: _Pairs, n_boot: int, seed: int) -> Float[np.ndarray, "n_boot k k"]:
+    """The cell means of every resample; NaN where a class has one probe."""
+    w, v = _weights(pairs, n_boot, seed)
+    filled, used = np.where(pairs.used, pairs.s, 0.0), pairs.used.astype(float)
+    boot = np.empty((n_boot, len(pairs.rows), len(pairs.columns)))
+    for a, r in enumerate(pairs.rows):
+        sums, counts = w[a] @ filled[r], w[a] @ used[r]
+        for b, c in enumerate(pairs.columns):
+            total, n = np.einsum("bt,bt->b", sums[:, c], v[b]), np.einsum("bt,bt->b", counts[:, c], v[b])
+            boot[:, a, b] = _divide(total, n)
+    boot[:, _single(pairs)] = np.nan
+    return boot
+
+
+def _single(pairs: _Pairs) -> Bool[np.ndarray, "k k"]:
+    """The cells whose source or target class has one probe."""
+    rows, columns = (np.array([m.size == 1 for m in x]) for x in (pairs.rows, pairs.columns))
+    return rows[:, None] | columns[None, :]
+
+
+def _aggregates(cells: Float[np.ndarray, "b k k"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unweighted means of the diagonal and of the other cells, and their ratio."""
+    k = cells.shape[-1]
+    diagonal = np.eye(k, dtype=bool)
+    intra = cells[:, diagonal].mean(1)
+    inter = cells[:, ~diagonal].mean(1) if k > 1 else np.full(len(cells), np.nan)
+    return intra, inter, _divide(inter, intra)
+
+
+def _interval(boot: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval over the first dimension; NaN where no resample has a value."""
+    tail = 50 * (1 - confidence)
+    low, high = np.full(boot.shape[1:], np.nan), np.full(boot.shape[1:], np.nan)
+    some = ~np.isnan(boot).all(0)
+    if some.any():
+        low[some], high[some] = np.nanpercentile(boot[:, some], [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def _spread(boot: Float[np.ndarray, "b k k"]) -> Cells:
+    """Standard deviation over the resamples that have a value, of which two are needed."""
+    out = np.full(boot.shape[1:], np.nan)
+    some = (~np.isnan(boot)).sum(0) > 1
+    out[some] = np.nanstd(boot[:, some], axis=0, ddof=1)
+    return out
+
+
+def _weighted_medians(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
+    """The median of ``x`` with every value repeated as often as its weight says."""
+    if not x.size:
+        return np.full(len(weights), np.nan)
+    order = np.argsort(x)
+    x, reached = x[order], np.cumsum(weights[:, order], axis=1)
+    half = reached[:, -1:] / 2
+    lower, upper = (reached >= half).argmax(1), (reached > half).argmax(1)
+    return np.where(half[:, 0] > 0, (x[lower] + x[upper]) / 2, np.nan)
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Quotient, NaN where ``b`` is 0."""
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b != 0)
+
+
+def _self_pairs(s: np.ndarray, ys: np.ndarray, yt: np.ndarray, sources: Any, targets: Any) -> Bool[np.ndarray, "s t"]:
+    """Which pairs are a sample with itself."""
+    if sources is not None and targets is not None:
+        a, b = _array(sources), _array(targets)
+        if a.shape != ys.shape or b.shape != yt.shape:
+            raise InputError(
+                expected=f"source_ids ({ys.size},) and target_ids ({yt.size},)",
+                got=f"{a.shape} and {b.shape}",
+                do="give one sample index for each source and each target",
+            )
+        return a[:, None] == b[None, :]
+    if sources is None and targets is None and np.array_equal(ys, yt):
+        return np.eye(len(s), dtype=bool)
+    raise InputError(
+        expected="a way to tell which sources are also targets",
+        got="different labels of sources and targets, or ids of one of them only",
+        do="give both source_ids and target_ids, or leave exclude_self=False",
+    )
+
+
+def _array(x: Any) -> np.ndarray:
+    """An array of a tensor, on any device, or of anything array-like."""
+    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x)
+
+
+def _numbers(x: Any) -> np.ndarray:
+    x = x.detach().cpu().double() if hasattr(x, "detach") else x
+    return _array(x).astype(np.float64)
+
+
+def _labels(y: Any, name: str) -> Int[np.ndarray, " n"]:
+    y = _array(y)
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise InputError(
+            expected=f"{name}: a vector of integer labels",
+            got=f"shape {y.shape}, dtype {y.dtype}",
+            do="give class indices, not one-hot rows or floats",
+        )
+    if y.size and y.min() < 0:
+        raise InputError(
+            expected=f"{name}: labels of at least 0", got=str(y.min()), do="drop unlabelled samples before measuring"
+        )
+    return y.astype(np.int64)
+
+
+def _check_sizes(s: np.ndarray, ys: np.ndarray, yt: np.ndarray, n_boot: int, confidence: float) -> None:
+    if s.shape != (ys.size, yt.size) or s.size == 0:
+        raise InputError(
+            expected=f"s of shape (sources, targets) = ({ys.size}, {yt.size}), none of them 0",
+            got=f"shape {s.shape}",
+            do="give one label for each row in ys and for each column in yt",
+        )
+    if n_boot < 0 or not 0 < confidence < 1:
+        raise InputError(
+            expected="n_boot of at least 0 and 0 < confidence < 1",
+            got=f"n_boot={n_boot}, confidence={confidence}",
+            do="use the defaults n_boot=200, confidence=0.95",
+        )
+
+
+def _classes(ys: np.ndarray, yt: np.ndarray) -> Int[np.ndarray, " k"]:
+    sources, targets = np.unique(ys), np.unique(yt)
+    if not np.array_equal(sources, targets):
+        raise InputError(
+            expected="every class among both the sources and the targets",
+            got=f"empty classes: {np.setdiff1d(targets, sources).tolist()} have no source, "
+            f"{np.setdiff1d(sources, targets).tolist()} have no target",
+            do="add probes of these classes, or drop the others of them",
+        )
+    return sources
+
+
+def _names(names: Sequence[str] | None, classes: np.ndarray) -> tuple[str, ...]:
+    if names is None:
+        return tuple(str(c) for c in classes)
+    if len(names) <= classes[-1]:
+        raise InputError(
+            expected=f"labels below {len(names)}, the number of class_names",
+            got=f"label {classes[-1]}",
+            do="give a name for every label, or correct the labels",
+        )
+    return tuple(str(names[c]) for c in classes)

@@ -1,0 +1,533 @@
+"""The command line, thin: it reads words, calls the library, and says where the result is."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from local_elasticity.errors import InputError, nearest
+
+app = App(
+    name="local-elasticity",
+    help="When one update is taken at x, how much does the prediction at x' move?",
+    version_flags=["--version"],
+)
+console = Console(highlight=False, soft_wrap=True)
+
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit status 0, 1 (a claim failed) or 2 (bad input, one clear line)."""
+    try:
+        status = app(arguments, exit_on_error=False, print_error=False)
+    except InputError as error:
+        _refuse(str(error))
+    except CycloptsError as error:
+        _refuse(" ".join(str(error).split()) + "; see --help")
+    except KeyboardInterrupt:
+        _refuse("interrupted; the same command continues from the last snapshot", 130)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(line: str, status: int = 2) -> None:
+    print(f"local-elasticity: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.command
+def track(
+    *,
+    data: str = "digits",
+    classes: Words = None,
+    network: str = "mlp",
+    optimizer: str = "adam",
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    epochs: int = 3,
+    batch_size: int | None = None,
+    per_class: int | None = None,
+    probes_per_class: int = 20,
+    every: int = 9,
+    log_spaced: int | None = None,
+    budget: float | None = None,
+    update: Words = None,
+    definition: Words = None,
+    keep: Literal["outputs", "pairs", "tables"] | None = None,
+    exclude_self: bool = False,
+    augment_once: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+    out: Path = Path("runs/track"),
+    overwrite: bool = False,
+) -> int:
+    """Train a network and follow how much a step on each class moves every class.
+
+    Example: local-elasticity track --data digits --classes 0 1 8 --network mlp --optimizer adam --lr 1e-3 --epochs 3
+    --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --seed 0 --out runs/digits
+
+    Args:
+        data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, or a folder of class folders of images.
+        classes: which classes, by name or label; all of them by default.
+        network: mlp, simple-conv, resnet18-plain, resnet18-batchnorm, resnet18-groupnorm, or module:function.
+        optimizer: adam, adamw or sgd.
+        lr: learning rate of training.
+        weight_decay: of training.
+        momentum: of sgd.
+        epochs: passes over the data.
+        batch_size: 32 by default, 8 for sets of fewer than 1,000 images.
+        per_class: use only this many training images a class.
+        probes_per_class: fixed probes a class.
+        every: look after update 1, 1 + N, 1 + 2N, …
+        log_spaced: look this many times instead, evenly on a logarithmic axis.
+        budget: look as often as this fraction of the time allows instead.
+        update: probe step, sgd:LR, adam:LR or optimizer, with an optional NAME= before; repeatable.
+        definition: definition of S_rel, repeatable.
+        keep: what the run keeps: outputs (any definition afterwards), pairs or tables.
+        exclude_self: leave pairs of a sample with itself out of the tables.
+        augment_once: crop and flip once, then freeze, as the published protocol does.
+        device: cpu or cuda.
+        seed: of weights, data order, probes and intervals.
+        out: folder of the run; the same command continues an interrupted one.
+        overwrite: throw away a run that is already there.
+    """
+    import torch
+
+    import local_elasticity as le
+    from local_elasticity.runs import prepare_folder
+    from local_elasticity.training.loop import Session, Training
+    from local_elasticity.updates import parse_update
+
+    configuration: dict[str, Any] = {
+        "data": data,
+        "classes": classes or "all",
+        "network": network,
+        "optimizer": optimizer,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "images_per_class": per_class or "all",
+        "probes_per_class": probes_per_class,
+        "schedule": _schedule_words(every, log_spaced, budget),
+        "updates": update or ["adam:1e-4"],
+        "definitions": definition or ["kl", "kl_published"],
+        "exclude_self": exclude_self,
+        "augment_once": augment_once,
+        "device": device,
+        "seed": seed,
+    }
+    for name in configuration["definitions"]:
+        le.similarity.get_definition(name)
+    where = _device(device)
+    train, test, test_words = _images(data, classes, per_class, seed)
+    configuration["data_origin"], configuration["test_data"] = train.origin, test_words
+    if batch_size is None:
+        batch_size = configuration["batch_size"] = 8 if len(train) < 1000 else 32
+    tensors = train.tensors(augment=seed if augment_once else None)
+    chosen = le.data.probes(train, per_class=probes_per_class, seed=seed, tensors=tensors)
+    torch.manual_seed(seed)
+    model = le.networks.build(network, train.n_classes, train.shape).to(where)
+    training = Training(epochs, batch_size, optimizer, lr, weight_decay, momentum, seed=seed)
+    session = Session(
+        model,
+        torch.nn.functional.cross_entropy,
+        (tensors[0].to(where), tensors[1].to(where)),
+        training,
+        None if test is None else tuple(x.to(where) for x in test.tensors()),
+        out / "checkpoint",
+    )
+    updates = dict(parse_update(text, session.optimizer) for text in configuration["updates"])
+    schedule = _schedule(every, log_spaced, budget, session.total)
+    resume = prepare_folder(out, configuration, overwrite)
+    chosen = type(chosen)(
+        chosen.xs.to(where), chosen.ys.to(where), chosen.indices, chosen.origin_indices, chosen.class_names, chosen.seed
+    )
+    tracker = le.Tracker(
+        model,
+        torch.nn.functional.cross_entropy,
+        chosen,
+        update=updates,
+        definitions=configuration["definitions"],
+        schedule=schedule,
+        store=out / "run.zarr",
+        resume=resume,
+        keep=keep,
+        exclude_self=exclude_self,
+        configuration=configuration,
+        seed=seed,
+        before_commit=session.save,
+    )
+    if resume and tracker.resume_step:
+        session.load(tracker.resume_step)
+        console.print(f"continuing {out} from update {tracker.resume_step}")
+    shown = ", ".join(f"{n} {c}" for n, c in zip(train.class_names, train.counts.tolist(), strict=True))
+    console.print(f"{train.origin}: {len(train)} images ({shown}); {network}, {session.total} updates", markup=False)
+    _run(session, tracker)
+    return _finish(tracker.finish(), out)
+
+
+def _run(session: Any, tracker: Any) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from local_elasticity.impact.progress import duration
+
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=session.total, completed=session.updates)
+        told = False
+        for progress in session.run(tracker):
+            bar.update(task, completed=progress.update)
+            if progress.look is None:
+                continue
+            line = f"update {progress.update}: {_words(progress.look.tables)} ({progress.look.seconds:.2f} s)"
+            bar.console.print(line, markup=False)
+            if not told and progress.update > 1:
+                remaining = bar.tasks[0].time_remaining
+                if remaining is not None:
+                    bar.console.print(f"about {duration(remaining)} to go")
+                    told = True
+
+
+def _words(tables: dict[tuple[str, str], Any]) -> str:
+    several = len({update for update, _ in tables}) > 1
+    return "; ".join(
+        f"{definition}{' by ' + update if several else ''} intra {table.intra:.3f} inter {table.inter:.3f}"
+        for (update, definition), table in tables.items()
+    )
+
+
+def _finish(run: Any, out: Path) -> int:
+    if not run.dataset.sizes.get("step", 0):
+        console.print(f"no snapshot was taken; the run is {out}")
+        return 0
+    from local_elasticity.report import write_all, write_page
+
+    figures = write_all(run, out / "figures")
+    try:
+        page = write_page(run, out / "report.html")
+    except InputError as error:  # plotly is an extra: without it there are still the figures
+        console.print(f"no page: {error}", markup=False)
+        page = None
+    console.print(f"figure: {next((f for f in figures if f.suffix == '.png'), figures[0])}", markup=False)
+    if page is not None:
+        console.print(f"page:   {page}", markup=False)
+    return 0
+
+
+def _images(data: str, classes: list[str] | None, per_class: int | None, seed: int) -> tuple[Any, Any, str]:
+    """Training and test images of the chosen classes, and what the test images are."""
+    import local_elasticity as le
+
+    train = le.data.load(data, "train")
+    options: dict[str, Any] = {"source": train.source} if train.source and data.lower().startswith("cifar") else {}
+    try:
+        test = le.data.load(data, "test", **options)
+    except InputError:
+        test = None
+    if classes:
+        train = train.subset(classes)
+        test = None if test is None else test.subset(classes)
+    if per_class is not None:
+        train = train.take(per_class, seed)
+    return train, test, "none at hand" if test is None else f"{len(test)} images, {test.origin}"
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            expected="a device that torch can use here", got=f"{name!r}: {str(error).splitlines()[0]}", do="use cpu"
+        ) from None
+    return device
+
+
+def _schedule_words(every: int, log_spaced: int | None, budget: float | None) -> str:
+    if budget is not None:
+        return f"budget({budget})"
+    return f"log_spaced({log_spaced})" if log_spaced is not None else f"every({every})"
+
+
+def _schedule(every: int, log_spaced: int | None, budget: float | None, total: int) -> Any:
+    import local_elasticity as le
+
+    if log_spaced is not None and budget is not None:
+        raise InputError(expected="one schedule", got="--log-spaced and --budget", do="leave one of them out")
+    if budget is not None:
+        return le.budget(budget)
+    return le.log_spaced(log_spaced, total) if log_spaced is not None else le.every(every)
+
+
+@app.command
+def measure(
+    *,
+    data: str = "digits",
+    classes: Words = None,
+    network: str = "mlp",
+    checkpoint: Path | None = None,
+    per_class: int = 20,
+    split: Literal["train", "test"] = "train",
+    update: str = "sgd:0.01",
+    definition: Words = None,
+    engine: Literal["auto", "replay", "linear"] = "auto",
+    exclude_self: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+    out: Path | None = None,
+) -> int:
+    """Measure one moment: take a step at each sample, look at all of them, print the class-by-class table.
+
+    Example: local-elasticity measure --data digits --classes 0 1 8 --network mlp --checkpoint weights.safetensors
+    --update sgd:0.01 --definition he_su --definition kl
+
+    Args:
+        data: as in track.
+        classes: as in track.
+        network: as in track.
+        checkpoint: weights, as safetensors or a torch file that holds nothing but tensors; fresh weights without.
+        per_class: samples a class.
+        split: which images.
+        update: the step, sgd:LR or adam:LR.
+        definition: definition of S_rel, repeatable.
+        engine: replay (finite step), linear (first order) or auto.
+        exclude_self: leave pairs of a sample with itself out.
+        device: cpu or cuda.
+        seed: of fresh weights, samples and intervals.
+        out: write the table of every definition to this .json file.
+    """
+    import torch
+
+    import local_elasticity as le
+    from local_elasticity.similarity import get_definition, movements
+    from local_elasticity.updates import parse_update
+
+    names = definition or ["he_su", "kl"]
+    for name in names:
+        get_definition(name)
+    rule = parse_update(update)[1]
+    where = _device(device)
+    images = le.data.load(data, split)
+    images = images.subset(classes) if classes else images
+    samples = le.data.probes(images, per_class=per_class, seed=seed)
+    torch.manual_seed(seed)
+    model = le.networks.build(network, images.n_classes, images.shape)
+    if checkpoint is not None:
+        _load_weights(model, checkpoint)
+    xs, ys = samples
+    impact = le.measure(
+        model.to(where),
+        torch.nn.functional.cross_entropy,
+        (xs.to(where), ys.to(where)),
+        update=rule,
+        engine=engine,
+        progress=True,
+    )
+    plan = impact.plan
+    console.print(
+        f"{images.origin}; {rule.name}, engine {plan.engine}, route {plan.route} (chunk {plan.chunk_size}), "
+        f"{plan.measured_seconds:.2f} s (estimated {plan.estimated_seconds:.2f} s); "
+        f"linearisation error {impact.linearization_error:.2g}",
+        markup=False,
+    )
+    tables = {}
+    for name in names:
+        numerators, denominators = movements(impact, name)
+        table = le.by_class(
+            numerators / denominators[:, None],
+            ys,
+            ys,
+            class_names=images.class_names,
+            exclude_self=exclude_self,
+            denominators=denominators.cpu(),
+            seed=seed,
+        )
+        tables[name] = table
+        _print_table(name, table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        content = {name: table.to_xarray().to_dict() for name, table in tables.items()}
+        out.write_text(json.dumps({"plan": asdict(plan), "tables": content}, indent=2, default=str))
+        console.print(f"table: {out}", markup=False)
+    return 0
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    """Read weights without executing anything."""
+    import pickle
+
+    import torch
+
+    if not path.exists():
+        raise InputError(expected="a checkpoint file", got=f"nothing at {path}", do="check --checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                from local_elasticity.errors import missing_extra
+
+                raise missing_extra("safetensors", "safetensors", "reads .safetensors files") from None
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = state.get("model", state) if isinstance(state, dict) else state
+        model.load_state_dict(state)
+    except InputError:
+        raise
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            expected="a checkpoint with the weights of this network, and nothing but tensors",
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            do="save model.state_dict() as safetensors, and pass the matching --network",
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(expected="a whole safetensors file", got=str(error), do="save the weights again") from error
+
+
+def _print_table(name: str, table: Any) -> None:
+    from rich.table import Table
+
+    shown = Table(title=f"S_rel {name}: mean of ratios [95 %], a step on the row moves the column")
+    shown.add_column("step on")
+    for column in table.class_names:
+        shown.add_column(str(column))
+    for row, label in enumerate(table.class_names):
+        cells = []
+        for column in range(len(table.class_names)):
+            low, high = table.interval_low[row, column], table.interval_high[row, column]
+            interval = "" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]"
+            heavy = " heavy-tailed" if table.heavy_tailed[row, column] else ""
+            cells.append(f"{table.values[row, column]:.3g}{interval}{heavy}".replace("[", r"\["))
+        shown.add_row(str(label), *cells)
+    console.print(shown)
+    console.print(
+        f"{name}: intra {table.intra:.4g}, inter {table.inter:.4g}, inter/intra {table.ratio:.4g}; "
+        f"{int(table.n_pairs.sum())} pairs, {int(table.n_undefined.sum())} undefined, self pairs {table.self_pairs}",
+        markup=False,
+    )
+
+
+@app.command
+def report(run: Path) -> int:
+    """Write the page and the figures of a run.
+
+    Example: local-elasticity report runs/digits
+
+    Args:
+        run: the run's folder, or its run.zarr.
+    """
+    import local_elasticity as le
+
+    opened = le.open_run(run)
+    assert opened.path is not None
+    return _finish(opened, opened.path.parent)
+
+
+@app.command(name="data")
+def data_command(name: str | None = None) -> int:
+    """List the data sets: where each was found, or what would be downloaded; with a name, read it and count.
+
+    Example: local-elasticity data cifar10
+
+    Args:
+        name: a data set to read (and to download where it is not at hand).
+    """
+    import local_elasticity as le
+
+    if name is not None:
+        images = le.data.load(name)
+        console.print(f"{images.name}: {images.origin}; {len(images)} training images of shape {images.shape}")
+        for label, count in zip(images.class_names, images.counts.tolist(), strict=True):
+            console.print(f"  {label}: {count}", markup=False)
+        return 0
+    for entry in le.data.catalogue():
+        console.print(f"{entry.name}: {entry.where}", markup=False)
+    return 0
+
+
+@app.command
+def bench(name: str = "snapshot", *, quick: bool = False, out: Path | None = None) -> int:
+    """Run a benchmark: the plain reference, ours and the floor side by side; needs the source tree.
+
+    Example: local-elasticity bench snapshot
+
+    Args:
+        name: which benchmark.
+        quick: fewer repeats.
+        out: write the table to this file too.
+    """
+    import runpy
+
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py")) if folder.is_dir() else []
+    if not known:
+        raise InputError(
+            expected="the source tree with its benchmarks/ folder",
+            got="an installed package",
+            do='clone the repository and install it with pip install -e "."',
+        )
+    if name not in known:
+        raise InputError(expected="a benchmark", got=repr(name), do=nearest(name, known))
+    module = runpy.run_path(str(folder / f"{name}.py"))
+    return int(module["main"](quick=quick, out=out))
+
+
+@app.command
+def reproduce(
+    name: str | None = None,
+    *,
+    scale: Literal["small", "paper"] = "small",
+    out: Path | None = None,
+    list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
+    overwrite: bool = False,
+) -> int:
+    """Run a study of the papers and judge its claims; exit status 1 when a claim fails.
+
+    Example: local-elasticity reproduce dan2023-cifar10 --scale small
+
+    Args:
+        name: the study.
+        scale: small (minutes) or paper (the published size).
+        out: folder of the study; runs/NAME-SCALE by default.
+        list_: list the studies.
+        overwrite: throw away what is already there.
+    """
+    from local_elasticity.studies import STUDIES
+
+    if list_ or name is None:
+        for key, study in sorted(STUDIES.items()):
+            print(f"{key}: {study.title} (small: {study.cost['small']}; paper: {study.cost['paper']})")
+        return 0
+    if name not in STUDIES:
+        raise InputError(expected="a study", got=repr(name), do=nearest(name, STUDIES))
+    return STUDIES[name].run(scale, out or Path("runs") / f"{name}-{scale}", overwrite=overwrite)
+
+
+if __name__ == "__main__":
+    main()

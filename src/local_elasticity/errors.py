@@ -1,0 +1,41 @@
+"""What the library says when it cannot go on: one clear error, with what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input, refused early.
+
+    Args:
+        expected: what would have been right.
+        got: what came instead.
+        do: what the user can do about it.
+    """
+
+    def __init__(self, *, expected: str, got: str, do: str) -> None:
+        self.expected, self.got, self.do = expected, got, do
+        super().__init__(f"expected {expected}; got {got}; {do}")
+
+
+class NoiseWarning(UserWarning):
+    """Differences so small that float rounding could have made them."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Say which of ``names`` comes nearest to ``name``, and list them all."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> InputError:
+    """The error for an import that an extra would have satisfied."""
+    return InputError(
+        expected=f"the package {package!r} ({purpose})",
+        got="an environment without it",
+        do=f'install the extra: pip install "local-elasticity[{extra}]"',
+    )

@@ -1,0 +1,189 @@
+"""The measurement at one moment: `measure` takes a step at each source and looks at every target."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from local_elasticity.errors import InputError, NoiseWarning, nearest
+from local_elasticity.impact import checks
+from local_elasticity.impact.linear import measure_linear
+from local_elasticity.impact.plan import MemoryMeter, Plan
+from local_elasticity.impact.problem import LossFunction, Problem
+from local_elasticity.impact.replay import measure_replay
+from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.updates import Update
+
+Engine = Literal["auto", "replay", "linear"]
+Outputs = Literal["logits", "probabilities", "values"]
+Route = Literal["step", "vmap"]
+
+
+@dataclass
+class Impact:
+    """What one update at each source did to the outputs at each target.
+
+    Attributes:
+        before: outputs at the targets before any step, on the model's device and in its dtype.
+        after: outputs at the targets after the step of each source (engine "linear": before + first-order change).
+        source_before: outputs at each source before its own step.
+        source_after: outputs at each source after its own step.
+        change: after minus before; the linear engine computes it without cancellation.
+        source_change: the same at the sources themselves.
+        losses: the loss at each source before its step.
+        self_index: for each source the position of the same sample among the targets, -1 where it is not there.
+        outputs: what the model emits: "logits", "probabilities" or "values".
+        update: name of the update.
+        plan: how it was done and what it cost.
+        noise_floor: float noise of the output at each target.
+        linearization_error: ‖finite - first-order change‖ / ‖finite change‖ on the checked pairs (NaN: unchecked).
+    """
+
+    before: Float[Tensor, "targets outputs"]
+    after: Float[Tensor, "sources targets outputs"]
+    source_before: Float[Tensor, "sources outputs"]
+    source_after: Float[Tensor, "sources outputs"]
+    change: Float[Tensor, "sources targets outputs"]
+    source_change: Float[Tensor, "sources outputs"]
+    losses: Float[Tensor, " sources"]
+    self_index: Int[Tensor, " sources"]
+    outputs: str
+    update: str
+    plan: Plan
+    noise_floor: Float[Tensor, " targets"]
+    linearization_error: float = float("nan")
+    below_noise: Bool[Tensor, "sources targets"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Flag the pairs whose change is within ten times the noise of the target."""
+        self.below_noise = self.change.norm(dim=-1) < 10 * self.noise_floor
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    sources: tuple[Tensor, Tensor],
+    targets: Tensor | None = None,
+    *,
+    update: Update,
+    engine: Engine = "auto",
+    outputs: Outputs = "logits",
+    chunk_size: int | None = None,
+    target_chunk_size: int | None = None,
+    route: Route | None = None,
+    mode: Mode = "eval",
+    dtype: torch.dtype | None = None,
+    check_pairs: int = 8,
+    max_memory: int | None = None,
+    progress: bool = False,
+) -> Impact:
+    """Measure how much one update at each source moves the output at every target (spec srel 1.1, 1.7).
+
+    The model, its buffers, gradients, flags and the random streams are bit for bit the same afterwards.
+
+    Args:
+        model: any module whose output is (batch, K) or (batch,).
+        loss_fn: ``loss_fn(outputs, labels)``, called with one sample.
+        sources: inputs (n_s, ...) and labels (n_s, ...): where an update is taken.
+        targets: inputs (n_t, ...): where we look; the sources themselves by default.
+        update: the step, for example ``SGD(lr=0.01)``, ``Adam(lr=1e-4)`` or ``from_optimizer(opt)``.
+        engine: "replay" takes the finite step; "linear" its first-order limit (one Jacobian-vector product a source);
+            "auto" is replay.
+        outputs: what the model emits; probability definitions refuse "values".
+        chunk_size: sources at once; by default chosen by timing a few sources.
+        target_chunk_size: targets in one forward pass; all of them by default.
+        route: "step" or "vmap"; by default chosen by timing a few sources. Forcing it makes runs repeatable.
+        mode: "eval", "train" or "as_is" for the module's flags during the measurement.
+        dtype: measure on a copy converted to this dtype, for example ``torch.float64``.
+        check_pairs: targets of the first source at which the other engine is asked too; 0 turns the check off.
+        max_memory: bytes that copies of weights and results may take.
+        progress: show the estimate, then a progress bar.
+
+    Returns:
+        The impact, with its plan, its noise floor and its linearisation error.
+
+    Raises:
+        InputError: for anything that cannot be measured, before the work where possible.
+    """
+    started = time.perf_counter()
+    _check_choice("engine", engine, Engine)
+    _check_choice("outputs", outputs, Outputs)
+    _check_choice("mode", mode, Mode)
+    if route is not None:
+        _check_choice("route", route, Route)
+    with torch.inference_mode(False):
+        checks.check_model(model)
+        inputs, labels = checks.check_sources(sources)
+        looked_at = inputs if targets is None else checks.check_targets(targets)
+        originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if dtype is not None:
+            model = copy.deepcopy(model).to(dtype)
+            labels = _converted(labels, dtype)
+            converted = _converted(inputs, dtype)
+            looked_at = converted if looked_at is inputs else _converted(looked_at, dtype)
+            inputs = converted
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.inference_mode(False), preserved(model, mode) as streams:
+        step = update.bind(parameters, originals)
+        problem = Problem(model, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size, streams)
+        problem.look_before(outputs)
+        meter = MemoryMeter(next(iter(parameters.values())).device)
+        run = measure_linear if engine == "linear" else measure_replay
+        result = run(
+            problem,
+            chunk_size=chunk_size,
+            route=route,
+            check_pairs=check_pairs,
+            max_memory=max_memory,
+            progress=progress,
+            meter=meter,
+        )
+    plan: Plan = result.plan
+    plan.peak_bytes = meter.rise
+    plan.measured_seconds = time.perf_counter() - started
+    impact = Impact(
+        before=problem.before,
+        after=result.after,
+        source_before=problem.source_before,
+        source_after=result.source_after,
+        change=result.change,
+        source_change=result.source_change,
+        losses=result.losses,
+        self_index=problem.self_index,
+        outputs=outputs,
+        update=update.name,
+        plan=plan,
+        noise_floor=problem.noise_floor,
+        linearization_error=result.linearization_error,
+    )
+    if plan.engine == "replay":
+        _warn_of_noise(impact)
+    return impact
+
+
+def _check_choice(name: str, value: str, kind: object) -> None:
+    known = [str(choice) for choice in get_args(kind)]
+    if value not in known:
+        raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _warn_of_noise(impact: Impact) -> None:
+    flagged = int(impact.below_noise.sum())
+    if flagged and bool(impact.change.any()):
+        warnings.warn(
+            f"{flagged} of {impact.below_noise.numel()} pairs move less than ten times the noise of their target: "
+            "use dtype=torch.float64, a larger step, or engine='linear'",
+            NoiseWarning,
+            stacklevel=3,
+        )

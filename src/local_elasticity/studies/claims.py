@@ -1,0 +1,66 @@
+"""Claims of a paper, judged: what was expected, what was seen, how sure, and the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Verdict = Literal["holds", "fails", "not judged"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement that a study checks.
+
+    Attributes:
+        name: the statement.
+        expected: what the paper or its data lead one to expect.
+        seen: what this run saw.
+        interval: how sure: the interval, and of what.
+        verdict: "holds", "fails", or "not judged" at this scale.
+    """
+
+    name: str
+    expected: str
+    seen: str
+    interval: str
+    verdict: Verdict
+
+
+def judged(condition: bool) -> Verdict:
+    """The verdict of a condition."""
+    return "holds" if condition else "fails"
+
+
+def status(claims: Sequence[Claim]) -> int:
+    """Exit status: 1 when a claim fails."""
+    return int(any(claim.verdict == "fails" for claim in claims))
+
+
+def write_claims(claims: Sequence[Claim], folder: Path, title: str, notes: Sequence[str]) -> Path:
+    """Write the table as claims.json and claims.md; returns the latter."""
+    (folder / "claims.json").write_text(
+        json.dumps({"title": title, "notes": list(notes), "claims": [asdict(claim) for claim in claims]}, indent=2)
+    )
+    lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
+    lines += ["| claim | expected | seen | interval | verdict |", "|---|---|---|---|---|"]
+    lines += [f"| {c.name} | {c.expected} | {c.seen} | {c.interval} | {c.verdict} |" for c in claims]
+    path = folder / "claims.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def print_claims(claims: Sequence[Claim], title: str) -> None:
+    """Show the table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("claim", "expected", "seen", "interval", "verdict"):
+        table.add_column(heading)
+    for claim in claims:
+        table.add_row(*(text.replace("[", r"\[") for text in asdict(claim).values()))
+    Console().print(table)

@@ -1,0 +1,500 @@
+"""The tracker: follows local elasticity through any training loop, and never disturbs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from local_elasticity.classes import ClassTable, by_class
+from local_elasticity.errors import InputError
+from local_elasticity.impact import Impact, measure
+from local_elasticity.impact.checks import check_sources
+from local_elasticity.impact.measurement import Outputs
+from local_elasticity.impact.problem import LossFunction
+from local_elasticity.impact.progress import duration
+from local_elasticity.impact.state import Mode
+from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
+from local_elasticity.similarity import get_definition, is_built_in, movements
+from local_elasticity.training.schedule import Budget, Moment, Schedule, every
+from local_elasticity.updates import Update
+
+Keep = Literal["outputs", "pairs", "tables"]
+Scalar = float | Callable[[], float]
+KEEP_LIMIT = 500 * 10**6  # bytes of outputs kept by default
+PER_PAIR = ("update", "definition", "source_class", "target_class")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one snapshot saw.
+
+    Attributes:
+        step: optimiser updates made so far.
+        tables: (update, definition) -> class table.
+        seconds: what it cost.
+    """
+
+    step: int
+    tables: dict[tuple[str, str], ClassTable]
+    seconds: float
+
+
+class Tracker:
+    """Follows S_rel through training.
+
+    Args:
+        model: the network being trained.
+        loss_fn: ``loss_fn(outputs, labels)`` of the probe step.
+        probes: (inputs, labels), any count >= 1 a class, or ``le.data.probes(...)``, which remembers sample indices.
+        update: the probe step, or a dict name -> update for several at each snapshot.
+        definitions: names of definitions; others can be evaluated afterwards from the outputs that are kept.
+        schedule: when to look; ``every(9)`` by default.
+        store: path of the run (``….zarr``); in memory without.
+        resume: True continues the run in ``store`` from its last snapshot (``resume_step``); a number continues from
+            that step, and what came after it is replaced.
+        keep: "outputs" (by default while under 500 MB), "pairs" (S_rel of each pair) or "tables".
+        mode: flags of the modules while looking.
+        outputs: what the model emits, as in ``measure``.
+        exclude_self: leave pairs of a sample with itself out of the class tables.
+        class_names: names by label; taken from the probes where they know.
+        route: force the route of ``measure`` (repeatable numbers); by default timed once, at the first snapshot.
+        chunk_size: force its chunk.
+        check_pairs: as in ``measure``.
+        configuration: anything that describes the run; stored with it.
+        seed: of the bootstrap intervals.
+        before_commit: called with the step just before a snapshot is committed, for example to write a checkpoint.
+
+    Raises:
+        InputError: for bad probes, unknown definitions, a store that holds something else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        probes: Any,
+        *,
+        update: Update | Mapping[str, Update],
+        definitions: Sequence[str] = ("kl",),
+        schedule: Schedule | None = None,
+        store: str | Path | None = None,
+        resume: bool | int = False,
+        keep: Keep | None = None,
+        mode: Mode = "eval",
+        outputs: Outputs = "logits",
+        exclude_self: bool = False,
+        class_names: Sequence[str] | None = None,
+        route: Literal["step", "vmap"] | None = None,
+        chunk_size: int | None = None,
+        check_pairs: int = 8,
+        configuration: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        before_commit: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.mode: Mode = mode
+        self.outputs: Outputs = outputs
+        self.inputs, self.labels = check_sources(_pair(probes))
+        self.updates = _named(update)
+        self.definitions = [definitions] if isinstance(definitions, str) else list(definitions)
+        for name in self.definitions:
+            get_definition(name)
+        self.schedule = schedule or every(9)
+        if keep not in (None, "outputs", "pairs", "tables"):
+            raise InputError(expected="keep='outputs', 'pairs' or 'tables'", got=repr(keep), do="choose one of them")
+        self.keep, self.exclude_self, self.seed, self.check_pairs = keep, exclude_self, seed, check_pairs
+        self.before_commit = before_commit
+        self.class_names = _class_names(probes, self.labels, class_names)
+        self.sample_index = np.asarray(getattr(probes, "indices", np.arange(len(self.inputs))))
+        self._routes: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
+        self._started = time.perf_counter()
+        self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
+        self._epoch: float | None = None
+        self._epoch_start = 0
+        self.updates_made = self.resume_step = 0
+        self._attributes = self._describe(dict(configuration or {}))
+        self._open(store, resume)
+
+    # -- the loop's face ------------------------------------------------------------------------------------------
+
+    def step(self, epoch: float | None = None, **scalars: Scalar) -> Look | None:
+        """Count one update of the loop, after ``optimizer.step()``; look if the schedule says so.
+
+        Args:
+            epoch: the epoch, where the loop knows it, also in fractions (2.5 is the middle of the third);
+                ``every(n, per="epoch")`` restarts when its whole part changes.
+            scalars: loss, accuracy or any other number, or a function that gives one, called only when looking.
+
+        Returns:
+            The snapshot, committed to the store, or None.
+        """
+        if _whole(epoch) != _whole(self._epoch):
+            self._epoch_start = self.updates_made
+        self._epoch = epoch
+        call = self.updates_made
+        self.updates_made += 1
+        elapsed = time.perf_counter() - self._started
+        moment = Moment(call, call - self._epoch_start, elapsed, self._measuring, self._estimate)
+        return self.snapshot(**scalars) if self.schedule.due(moment) else None
+
+    def snapshot(self, **scalars: Scalar) -> Look:
+        """Look now, also before the first update; replaces an earlier look at the same step."""
+        started = time.perf_counter()
+        numbers = {name: _number(name, value) for name, value in scalars.items()}
+        impacts = {name: self._measure(name, update) for name, update in self.updates.items()}
+        tables, pairs = self._evaluate(impacts)
+        content = self._content(impacts, tables, pairs, numbers)
+        plans = {name: impact.plan.as_dict() for name, impact in impacts.items()}
+        attributes = {**self._route_attributes(plans), "epoch_start": [_whole(self._epoch), self._epoch_start]}
+        content["seconds"] = ((), np.float64(time.perf_counter() - started))
+        if not self._created:
+            self._store.create(self._static(impacts), {**self._attributes, **attributes})
+            self._created = True
+        if self.before_commit is not None:
+            self.before_commit(self.updates_made)
+        self._store.append(self.updates_made, content, attributes)
+        seconds = time.perf_counter() - started
+        self._measuring += seconds
+        self._cost = seconds
+        return Look(self.updates_made, tables, seconds)
+
+    def finish(self) -> Run:
+        """The run; says so when the budget never allowed a look."""
+        self._report_unfit()
+        if not self._created:
+            self._store.create(self._static({}), self._attributes)
+            self._created = True
+        if isinstance(self._store, ZarrStore):
+            self._store.drop_replaced()
+        self._store.set_attributes({"finished": True, "overhead": self.overhead})
+        return self._store.open()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+
+    @property
+    def overhead(self) -> float:
+        """Seconds spent measuring / all other seconds since the tracker was made."""
+        elapsed = time.perf_counter() - self._started
+        return self._measuring / max(elapsed - self._measuring, 1e-9)
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure(self, name: str, update: Update) -> Impact:
+        route, chunk_size = self._routes[name]
+        impact = measure(
+            self.model,
+            self.loss_fn,
+            (self.inputs, self.labels),
+            update=update,
+            engine="replay",
+            outputs=self.outputs,
+            route=route,
+            chunk_size=chunk_size,
+            mode=self.mode,
+            check_pairs=self.check_pairs,
+        )
+        self._routes[name] = (impact.plan.route, impact.plan.chunk_size)
+        return impact
+
+    def _estimate(self) -> float:
+        """Seconds that a snapshot is expected to take: the last one's, or a pilot of one source."""
+        if math.isnan(self._cost):
+            started = time.perf_counter()
+            for update in self.updates.values():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    measure(
+                        self.model,
+                        self.loss_fn,
+                        (self.inputs[:1], self.labels[:1]),
+                        self.inputs,
+                        update=update,
+                        engine="replay",
+                        outputs=self.outputs,
+                        mode=self.mode,
+                        route="step",
+                        check_pairs=0,
+                    )
+            pilot = time.perf_counter() - started
+            self._measuring += pilot
+            self._cost = pilot * len(self.inputs)
+        return 1.1 * self._cost
+
+    def _report_unfit(self) -> None:
+        if isinstance(self.schedule, Budget) and not self._store.steps and self.updates_made:
+            cost, elapsed = self._estimate(), time.perf_counter() - self._started
+            warnings.warn(
+                f"no snapshot was taken: it would cost {duration(cost)}, and budget({self.schedule.fraction}) "
+                f"allows it in runs of at least {duration(cost / self.schedule.fraction)}; this one took "
+                f"{duration(elapsed)}. Use fewer probes, a larger budget, or every(n)",
+                stacklevel=3,
+            )
+
+    # -- what a snapshot holds --------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, impacts: Mapping[str, Impact]
+    ) -> tuple[dict[tuple[str, str], ClassTable], dict[tuple[str, str], np.ndarray]]:
+        tables, pairs = {}, {}
+        ids = self.sample_index if len(set(self.sample_index.tolist())) == len(self.sample_index) else None
+        for update, impact in impacts.items():
+            for definition in self.definitions:
+                numerators, denominators = movements(impact, definition)
+                ratio = numerators / denominators[:, None]
+                ratio = torch.where(torch.isfinite(ratio) & (denominators[:, None] != 0), ratio, torch.nan).cpu()
+                pairs[update, definition] = ratio.numpy()
+                tables[update, definition] = by_class(
+                    ratio,
+                    self.labels.cpu(),
+                    self.labels.cpu(),
+                    class_names=self.class_names,
+                    exclude_self=self.exclude_self,
+                    source_ids=ids,
+                    target_ids=ids,
+                    denominators=denominators.cpu(),
+                    seed=self.seed,
+                )
+        return tables, pairs
+
+    def _content(
+        self,
+        impacts: Mapping[str, Impact],
+        tables: Mapping[tuple[str, str], ClassTable],
+        pairs: Mapping[tuple[str, str], np.ndarray],
+        scalars: Mapping[str, float],
+    ) -> Snapshot:
+        content: Snapshot = {"epoch": ((), np.float64(math.nan if self._epoch is None else self._epoch))}
+        content |= self._tables_content(tables)
+        first = next(iter(impacts.values()))
+        content["probe_loss"] = ((), np.float64(first.losses.double().mean().item()))
+        content["probe_accuracy"] = ((), np.float64(_accuracy(first.source_before, self.labels, self.outputs)))
+        content["class_mean_output"] = (("class", "output"), self._class_means(first.before))
+        per_update = {
+            "below_noise_fraction": [float(impact.below_noise.double().mean()) for impact in impacts.values()],
+            "linearization_error": [impact.linearization_error for impact in impacts.values()],
+        }
+        content |= {name: (("update",), np.array(values)) for name, values in per_update.items()}
+        if self.keep == "pairs":
+            stacked = [[pairs[u, d] for d in self.definitions] for u in self.updates]
+            content["pairs"] = (("update", "definition", "source", "target"), np.array(stacked))
+        elif self.keep != "tables":
+            content |= self._outputs_content(impacts)
+        taken = {*content, *OUTPUTS, *self._static({}), "pairs", "seconds", "step"}
+        for name in scalars:
+            if name in taken:
+                raise InputError(expected="names that the run does not use", got=repr(name), do="rename this number")
+        return content | {name: ((), np.float64(value)) for name, value in scalars.items()}
+
+    def _outputs_content(self, impacts: Mapping[str, Impact]) -> Snapshot:
+        first = next(iter(impacts.values()))
+        after = np.stack([_array(impact.after) for impact in impacts.values()])
+        self._kept_bytes += after.nbytes
+        if self.keep is None and self._kept_bytes > KEEP_LIMIT:
+            warnings.warn(
+                f"the outputs of this run pass {KEEP_LIMIT // 10**6} MB: from here on only tables are kept; "
+                "track with keep='outputs' to keep them all",
+                stacklevel=4,
+            )
+            self.keep = "tables"
+            return {}
+        return {
+            "before": (("target", "output"), _array(first.before)),
+            "after": (("update", "source", "target", "output"), after),
+            "source_before": (("source", "output"), _array(first.source_before)),
+            "source_after": (
+                ("update", "source", "output"),
+                np.stack([_array(impact.source_after) for impact in impacts.values()]),
+            ),
+        }
+
+    def _tables_content(self, tables: Mapping[tuple[str, str], ClassTable]) -> Snapshot:
+        sets = [[tables[u, d].to_xarray() for d in self.definitions] for u in self.updates]
+        content: Snapshot = {}
+        for name in sets[0][0].data_vars:
+            values = np.array([[one[name].values for one in row] for row in sets])
+            content[str(name)] = (PER_PAIR[: values.ndim], values)
+        return content
+
+    def _class_means(self, before: Tensor) -> np.ndarray:
+        labels = self.labels.to(before.device)
+        classes = torch.unique(labels)
+        return np.stack([_array(before[labels == label].double().mean(dim=0)) for label in classes])
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def _static(self, impacts: Mapping[str, Impact]) -> Snapshot:
+        names = np.array([self.class_names[int(label)] for label in torch.unique(self.labels)])
+        labels, index = self.labels.cpu().numpy(), self.sample_index
+        static: Snapshot = {
+            "update": (("update",), np.array(list(self.updates))),
+            "definition": (("definition",), np.array(self.definitions)),
+            "source_class": (("source_class",), names),
+            "target_class": (("target_class",), names),
+            "class": (("class",), names),
+            "source_label": (("source",), labels),
+            "target_label": (("target",), labels),
+            "source_index": (("source",), index),
+            "target_index": (("target",), index),
+        }
+        return static
+
+    def _describe(self, configuration: dict[str, Any]) -> dict[str, Any]:
+        digest = hashlib.sha256(self.inputs.cpu().contiguous().numpy().tobytes())
+        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        words = {name: get_definition(name).words for name in self.definitions if not is_built_in(name)}
+        return {
+            "configuration": json.dumps(configuration, default=str),
+            "definitions": json.dumps({name: text for name, text in words.items() if text}),
+            "outputs": self.outputs,
+            "mode": self.mode,
+            "self_pairs": "out" if self.exclude_self else "in",
+            "probes_sha256": digest.hexdigest(),
+            "seed": self.seed,
+            "versions": json.dumps(versions()),
+            "git_revision": git_revision(),
+            "finished": False,
+        }
+
+    def _route_attributes(self, plans: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        routes = {name: [plan["route"], plan["chunk_size"]] for name, plan in plans.items()}
+        short = ", ".join(dict.fromkeys(f"{route} (chunk {chunk})" for route, chunk in routes.values()))
+        return {"route": f"replay, {short}", "routes": json.dumps(routes), "threads": torch.get_num_threads()}
+
+    def _open(self, store: str | Path | None, resume: bool | int) -> None:
+        self._created = False
+        if store is None:
+            if resume:
+                raise InputError(expected="a store to resume", got="store=None", do="pass the path of the run")
+            self._store: MemoryStore | ZarrStore = MemoryStore()
+            return
+        path = Path(store)
+        if path.suffix != ".zarr":
+            path = path / "run.zarr"
+        self._store = ZarrStore(path)
+        if not path.exists():
+            return
+        if locate(path) is None:
+            raise InputError(
+                expected="an empty place or a run",
+                got=f"something else at {path}",
+                do="choose another path, or move it away",
+            )
+        if resume is False:
+            raise InputError(
+                expected="a new path", got=f"a run at {path}", do="pass resume=True to continue it, or another path"
+            )
+        self._continue(resume)
+
+    def _continue(self, resume: bool | int) -> None:
+        assert isinstance(self._store, ZarrStore)
+        dataset = Run(self._store.open().dataset).dataset
+        checks = {
+            "probes": (dataset.attrs.get("probes_sha256"), self._attributes["probes_sha256"]),
+            "updates": ([str(x) for x in dataset["update"].values], list(self.updates)),
+            "definitions": ([str(x) for x in dataset["definition"].values], self.definitions),
+            "outputs": (dataset.attrs.get("outputs"), self.outputs),
+        }
+        for name, (stored, now) in checks.items():
+            if stored != now:
+                raise InputError(
+                    expected=f"the {name} of the stored run, {stored}",
+                    got=str(now),
+                    do="resume with the same settings, or store elsewhere",
+                )
+        self._store.resume(None if resume is True else int(resume))
+        self._created = True
+        steps = self._store.steps
+        self.resume_step = (max(steps) if steps else 0) if resume is True else int(resume)
+        self.updates_made = self.resume_step
+        for name, (route, chunk) in json.loads(dataset.attrs.get("routes", "{}")).items():
+            self._routes[name] = (route, chunk)
+        if resume is True and "epoch_start" in dataset.attrs:
+            self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
+        self._store.set_attributes({"finished": False})
+
+
+def _pair(probes: Any) -> tuple[Tensor, Tensor]:
+    try:
+        inputs, labels = probes
+    except (TypeError, ValueError):
+        raise InputError(
+            expected="probes=(inputs, labels) or le.data.probes(...)", got=type(probes).__name__, do="pass a pair"
+        ) from None
+    return inputs, labels
+
+
+def _named(update: Update | Mapping[str, Update]) -> dict[str, Update]:
+    named = {update.name: update} if isinstance(update, Update) else dict(update)
+    if not named or not all(isinstance(one, Update) for one in named.values()):
+        raise InputError(
+            expected="an update, or a dict name -> update",
+            got=repr(update),
+            do="for example le.SGD(lr=0.01) or {'probe': le.Adam(lr=1e-4)}",
+        )
+    return named
+
+
+def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tuple[str, ...]:
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            expected="one class label of an integer dtype for each probe",
+            got=f"{labels.dtype} of shape {tuple(labels.shape)}",
+            do="class tables need classes; use le.measure for other targets",
+        )
+    names = given if given is not None else getattr(probes, "class_names", None)
+    if names is None:
+        return tuple(str(label) for label in range(int(labels.max()) + 1))
+    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+        raise InputError(
+            expected=f"labels in 0..{len(names) - 1}, one name each",
+            got=f"labels from {int(labels.min())} to {int(labels.max())}",
+            do="relabel the probes, or pass all class_names",
+        )
+    return tuple(str(name) for name in names)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+
+
+def _accuracy(outputs: Tensor, labels: Tensor, kind: str) -> float:
+    if kind == "values":
+        return math.nan
+    if outputs.shape[1] == 1:
+        said = (outputs[:, 0] > (0.5 if kind == "probabilities" else 0.0)).long()
+    else:
+        said = outputs.argmax(dim=1)
+    return float((said == labels.to(said.device)).double().mean())
+
+
+def _whole(epoch: float | None) -> int | None:
+    return None if epoch is None else math.floor(epoch)
+
+
+def _number(name: str, value: Scalar) -> float:
+    try:
+        return float(value() if callable(value) else value)
+    except (TypeError, ValueError):
+        raise InputError(
+            expected=f"a number for {name!r}", got=repr(value), do="pass loss=loss.item() and the like"
+        ) from None
