@@ -3,7 +3,8 @@
 from local_elasticity import data, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
-from local_elasticity.impact import Impact, Plan, measure
+from local_elasticity.impact import Impact, Plan, Ripple, kernel, measure, ripple
+from local_elasticity.kernel_similarity import s_ker, s_rel_limit
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -19,6 +20,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "InputError",
     "NoiseWarning",
     "Plan",
+    "Ripple",
     "Run",
     "Tracker",
     "Update",
@@ -29,10 +31,14 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "define",
     "every",
     "from_optimizer",
+    "kernel",
     "log_spaced",
     "measure",
     "networks",
     "open_run",
+    "ripple",
+    "s_ker",
     "s_rel",
+    "s_rel_limit",
     "similarity",
 ]
