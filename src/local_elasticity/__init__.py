@@ -1,5 +1,7 @@
 """Local elasticity: when one update is taken at x, how much does the prediction at x' move?"""
 
+from typing import TYPE_CHECKING, Any
+
 from local_elasticity import data, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
@@ -9,6 +11,9 @@ from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
 from local_elasticity.updates import SGD, Adam, Update, from_optimizer
+
+if TYPE_CHECKING:
+    from local_elasticity.cluster import LocalElasticityClustering as LocalElasticityClustering
 
 __version__ = "0.1.0"
 
@@ -42,3 +47,12 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "s_rel_limit",
     "similarity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs an extra is imported when it is asked for (and is therefore not in ``__all__``)."""
+    if name == "LocalElasticityClustering":
+        from local_elasticity.cluster import LocalElasticityClustering
+
+        return LocalElasticityClustering
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
