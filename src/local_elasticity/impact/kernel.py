@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact import checks
+from local_elasticity.impact import checks, dense
 from local_elasticity.impact.plan import check_memory
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.state import Mode, call_at, preserved
 
 Form = Literal["full", "trace"] | int
 
-JACOBIAN_BYTES = 256 * 2**20  # of two chunks of Jacobians, without max_memory
+WORKING_BYTES = 512 * 2**20  # of Jacobians or factors at once, without max_memory
 
 
 def kernel(
@@ -115,33 +116,53 @@ def _contract(
     max_memory: int | None,
     progress: bool,
 ) -> Float[Tensor, "sources targets k k"]:
-    """Chunk by chunk, parameter by parameter; only the upper triangle where both sides are the same samples."""
+    """Tile by tile; only the upper triangle where both sides are the same samples."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in parameters) * len(outputs) * parameters[0].element_size()
-    blocks = parameters[0].new_zeros((len(xs), len(xt), *((len(outputs),) * 2 if form == "full" else (1, 1))))
-    result_bytes = blocks.numel() * blocks.element_size()
+    same, full = xs is xt, form == "full"
+    layers = dense.covered(model)
+    if layers and dense.Factors.of(model, xs[:1], outputs) is None:
+        layers = []
+    size = dense.bytes_per_sample(layers, len(outputs))
+    size = size or sum(p.numel() for p in parameters) * len(outputs) * parameters[0].element_size()
+    blocks = parameters[0].new_zeros((len(xs), len(xt), *((len(outputs),) * 2 if full else (1, 1))))
+    result_bytes = 2 * blocks.numel() * blocks.element_size()
     check_memory(result_bytes + 2 * size * (chunk_size or 1), max_memory)
-    room = JACOBIAN_BYTES if max_memory is None else max_memory - result_bytes
-    step = chunk_size or max(1, room // (2 * size))
-    same = xs is xt
+    room = WORKING_BYTES if max_memory is None else max_memory - result_bytes
+    step = chunk_size or max(1, room // size if same and room >= size * len(xs) else room // (2 * size))
     starts = [(i, j) for i in range(0, len(xs), step) for j in range(i if same else 0, len(xt), step)]
-    equation = "xkp,ylp->xykl" if form == "full" else "xkp,ykp->xy"
+
+    def prepared(x: Tensor) -> _Jacobians | dense.Factors:
+        factors = dense.Factors.of(model, x, outputs) if layers else None
+        return factors or _Jacobians(_jacobian(model, parameters, x, outputs))
+
     with Progress(progress, len(starts), f"kernel of {len(xs)} x {len(xt)} samples") as bar:
-        started, row, left = time.perf_counter(), -1, []
+        started, row, left = time.perf_counter(), -1, None
         for i, j in starts:
             if i != row:
-                row, left = i, _jacobian(model, parameters, xs[i : i + step], outputs)
-            right = left if same and i == j else _jacobian(model, parameters, xt[j : j + step], outputs)
-            products = [torch.einsum(equation, a, b) for a, b in zip(left, right, strict=True)]
-            tile = torch.stack(products).sum(0).view(blocks[i : i + step, j : j + step].shape)
+                row, left = i, prepared(xs[i : i + step])
+            right: Any = left if same and i == j else prepared(xt[j : j + step])
+            assert left is not None
+            tile = left.contract(right, full)
             blocks[i : i + step, j : j + step] = tile
             if same and i != j:
                 blocks[j : j + step, i : i + step] = tile.permute(1, 0, 3, 2)
-            if bar.advance() is None and (i, j) == starts[0]:
+            bar.advance()
+            if (i, j) == starts[0]:
                 bar.estimate((time.perf_counter() - started) * len(starts))
-    if same:
-        blocks = 0.5 * (blocks + blocks.permute(1, 0, 3, 2))
-    return blocks
+    return 0.5 * (blocks + blocks.permute(1, 0, 3, 2)) if same else blocks
+
+
+@dataclass
+class _Jacobians:
+    """The Jacobians of some samples, one matrix a parameter: for networks that are not linear layers alone."""
+
+    parts: list[Float[Tensor, "samples k weights"]]
+
+    def contract(self, other: _Jacobians, full: bool) -> Float[Tensor, "samples others k k"]:
+        equation = "xkp,ylp->xykl" if full else "xkp,ykp->xy"
+        total = sum(torch.einsum(equation, a, b) for a, b in zip(self.parts, other.parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total if full else total[:, :, None, None]
 
 
 def _jacobian(
