@@ -341,7 +341,8 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
     partial = note.with_suffix(".partial")
     stored = _stored_configuration(note)
-    ours = locate(out) is not None or (stored is not None and {"schedule", "definitions"} <= set(stored))
+    known = ({"schedule", "definitions"}, {"title", "scale"})  # of a run and of a study, before their first result
+    ours = locate(out) is not None or (stored is not None and any(keys <= set(stored) for keys in known))
     if out.exists() and not ours and any(path != partial for path in out.iterdir()):
         raise InputError(
             expected="an empty folder or a run",

@@ -87,3 +87,58 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def clustering_accuracy(
+    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, width: float = 6.9
+) -> Figure:
+    """Accuracy of every method on every pair: the mean over seeds, and one standard deviation.
+
+    Networks are filled marks and their linear twins, below, open ones; the line is the better of both K-means.
+
+    Args:
+        table: pair -> method -> accuracies in per cent over seeds; methods "LOSS SIMILARITY KIND" and the baselines.
+        title: over all.
+        width: inches.
+
+    Returns:
+        The figure.
+    """
+    pairs = list(table)
+    methods = list(dict.fromkeys(m for row in table.values() for m in row))
+    baselines = [m for m in methods if "K-means" in m]
+    figure = _figure(width, 4.3)
+    axes = figure.subplots(2, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, kind, words in zip(axes, ("network", "linear"), ("ReLU network", "linear twin"), strict=True):
+        chosen = [m for m in methods if m.endswith(kind)]
+        step = 0.8 / (len(chosen) + 1)
+        for at, pair in enumerate(pairs):
+            best = max(float(np.mean(table[pair][m])) for m in baselines)
+            axis.hlines(best, at - 0.42, at + 0.42, color="black", linewidth=1.2, label="K-means, the better of two")
+        for place, method in enumerate(chosen):
+            colour = (BLUE, OTHERS[0], OTHERS[1], OTHERS[3])[place % 4]
+            values = [np.asarray(table[pair][method]) for pair in pairs]
+            axis.errorbar(
+                np.arange(len(pairs)) + (place - (len(chosen) - 1) / 2) * step,
+                [v.mean() for v in values],
+                yerr=[v.std() for v in values],
+                fmt=("o", *MARKERS)[place],
+                color=colour,
+                markerfacecolor=colour if kind == "network" else "white",
+                markersize=4,
+                linewidth=1,
+                capsize=1.5,
+                label=method.removesuffix(f" {kind}").replace("mse", "MSE").replace("bce", "BCE").replace(" ", ", "),
+            )
+        axis.set_title(words, fontsize=NORMAL, loc="left")
+        axis.set_ylabel("accuracy, %", fontsize=SMALL)
+        axis.set_xlim(-0.5, len(pairs) - 0.5)
+        _finish(axis)
+    axes[1].set_xticks(range(len(pairs)), labels=pairs, fontsize=SMALL)
+    handles, labels = axes[0].get_legend_handles_labels()
+    single = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        single.values(), single.keys(), loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False
+    )
+    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 17.5))), fontsize=NORMAL)
+    return figure

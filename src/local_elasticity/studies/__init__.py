@@ -1,10 +1,12 @@
 """The studies of the papers: one file each, and one line here."""
 
 from local_elasticity.studies.dan2023_images import CIFAR10
+from local_elasticity.studies.hesu2020_clustering import CLUSTERING
 from local_elasticity.studies.hesu2020_synthetic import SYNTHETIC
 
 STUDIES = {
     "dan2023-cifar10": CIFAR10,
+    "hesu2020-clustering": CLUSTERING,
     "hesu2020-synthetic": SYNTHETIC,
 }
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""

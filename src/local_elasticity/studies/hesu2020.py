@@ -25,7 +25,7 @@ from local_elasticity.training.loop import Training
 
 Loss = Literal["mse", "bce"]
 
-GROWTH = 100.0  # a loss this many times its start has diverged
+GROWTH = 100.0  # a loss this many times its start has diverged; so has one that ends above its start
 KERNEL_SAMPLES = 200  # of the training set, for its top eigenvalue
 SAVE_SECONDS = 60.0
 
@@ -188,7 +188,7 @@ def _descend(
         if checkpoint is not None and now - saved > SAVE_SECONDS:
             saved = now
             _save(checkpoint, model, epoch + 1, mean, diverged)
-    return mean
+    return mean if mean <= initial else math.inf
 
 
 def _save(path: Path, model: nn.Module, epoch: int, loss: float, diverged: bool) -> None:

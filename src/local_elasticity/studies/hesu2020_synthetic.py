@@ -271,16 +271,27 @@ def resampled(
 ) -> Float[ndarray, "repeats matrices"]:
     """Correlations of (similarity, distance) matrices over the same resampled points.
 
-    A point drawn twice is no pair of two points: only its self pair counts, once a draw.
+    A point that is drawn c times counts c times in every pair, with itself in c self pairs: a copy of a point is no
+    other point.
     """
     random = np.random.default_rng(seed)
     m = len(matrices[0][0])
-    found = []
-    for i in random.integers(0, m, (repeats, m)):
-        twice = (i[:, None] == i) & ~np.eye(m, dtype=bool)
-        some = np.ix_(i, i)
-        found.append([correlation(np.where(twice, np.nan, s[some]), d[some]) for s, d in matrices])
-    return np.array(found)
+    counts = np.stack([np.bincount(draw, minlength=m) for draw in random.integers(0, m, (repeats, m))]).astype(float)
+    columns = []
+    for s, d in matrices:
+        defined = np.isfinite(s)
+        s = np.where(defined, s, 0.0)
+        moments = [_weighted_sums(counts, defined * term) for term in (np.ones_like(d), s, d, s * s, d * d, s * d)]
+        n, s1, d1, ss, dd, sd = moments
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns.append((n * sd - s1 * d1) / np.sqrt((n * ss - s1**2) * (n * dd - d1**2)))
+    return np.stack(columns, 1)
+
+
+def _weighted_sums(counts: Float[ndarray, "repeats m"], terms: Float[ndarray, "m m"]) -> Float[ndarray, " repeats"]:
+    """The sum over ordered pairs, each counted as often as it was drawn."""
+    own = np.diagonal(terms)
+    return ((counts @ terms) * counts).sum(1) - counts**2 @ own + counts @ own
 
 
 def bootstrap(similarity: ndarray, distance: ndarray, seed: int) -> tuple[float, float]:
