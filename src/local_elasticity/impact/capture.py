@@ -7,7 +7,7 @@ as they were when the call returned: operations in place afterwards do not matte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from local_elasticity.impact.checks import check_output
-from local_elasticity.impact.layers import RULES, Call, Direct, Lookup, Outer, Part, Rule, attention_with, kind
+from local_elasticity.impact.layers import RULES, Call, Direct, Layout, Lookup, Outer, Part, Rule, attention_with, kind
 
 Key = tuple[int, tuple[int, int]]
 """A parameter by its position, and the rows of it."""
@@ -89,19 +89,19 @@ class Recorder(TorchFunctionMode):
     Args:
         parameters: the parameters of interest.
         n: samples in the batch.
-        second: for each recorded call in order whether its samples are on the second axis; None to go by shapes.
-        prefer_second: parameters whose calls are read with samples on the second axis where both readings fit.
+        layouts: for each recorded call in order where its samples are; None to go by shapes.
+        reading: parameters whose calls are read in another than the likeliest way, and which.
     """
 
     def __init__(
         self,
         parameters: Parameters,
         n: int,
-        second: Sequence[bool] | None = None,
-        prefer_second: frozenset[int] = frozenset(),
+        layouts: Sequence[Layout] | None = None,
+        reading: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.parameters, self.n, self.forced, self.prefer_second = parameters, n, second, prefer_second
+        self.parameters, self.n, self.forced, self.reading = parameters, n, layouts, reading or {}
         self.records: list[Record] = []
         self.signature: list[tuple[Any, ...]] = []
         self._attention = attention_with(self._linear)
@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
             return result
         made = RULES.get(func)
         parts: list[Part] = []
-        if made is not None and isinstance(result, Tensor) and func is not None:
+        if made is not None and isinstance(result, Tensor):
             parts = self._apply(made, result, args, kwargs, touched)
         # A view of a parameter is no use of it yet: the function that gets the view is.
         covered = sorted({key[0] for part in parts for key in self._keys(part)})
@@ -134,15 +134,13 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _apply(self, made: Rule, result: Tensor, args: Any, kwargs: dict[str, Any], touched: list[int]) -> list[Part]:
-        position = len(self.records)
+        position, possible = len(self.records), Call.layouts(result, self.n)
         if self.forced is not None and position < len(self.forced):
-            call = Call(self.n, self.forced[position])
-        else:
-            both = (Call(self.n), Call(self.n, second=True))
-            by_shape = result.dim() > 2 and result.shape[0] != self.n == result.shape[1]
-            call = both[by_shape or any(i in self.prefer_second for i in touched)]
-        if not call.fits(result):
+            possible = [self.forced[position]] if self.n == 1 or self.forced[position] in possible else []
+        if not possible:
             return []
+        turn = max(self.reading.get(i, 0) for i in touched)
+        call = Call(self.n, possible[min(turn, len(possible) - 1)])
         with torch.no_grad():
             bare = {key: self._bare(value) for key, value in kwargs.items()}
             parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]
@@ -197,7 +195,7 @@ class Capture:
     factors: list[Factor]
     direct: dict[Key, Float[Tensor, "rows samples numbers"]]
     signature: tuple[Any, ...]
-    second: list[bool]
+    layouts: list[Layout]
     n_bytes: int = 0
 
     def combined(self, weights: Float[Tensor, "samples new rows"]) -> Capture:
@@ -209,7 +207,7 @@ class Capture:
         factors = [Factor(f.part, f.key, f.bias, mix(f.gradients)) for f in self.factors]
         direct = {key: mix(g) for key, g in self.direct.items()}
         return Capture(
-            self.n, weights.shape[1], self.outputs, factors, direct, self.signature, self.second, self.n_bytes
+            self.n, weights.shape[1], self.outputs, factors, direct, self.signature, self.layouts, self.n_bytes
         )
 
 
@@ -219,8 +217,8 @@ def capture(
     x: Tensor,
     cotangents: Float[Tensor, "samples rows outputs"],
     *,
-    second: Sequence[bool] | None = None,
-    prefer_second: frozenset[int] = frozenset(),
+    layouts: Sequence[Layout] | None = None,
+    reading: Mapping[int, int] | None = None,
     check: Tensor | None = None,
 ) -> tuple[Capture, list[Tensor | None]]:
     """Run the model on a batch and keep the factors of every sample's gradients.
@@ -230,8 +228,8 @@ def capture(
         parameters: the parameters of interest.
         x: the batch.
         cotangents: what the outputs' Jacobian is multiplied with, for each sample in some rows.
-        second: for each call whether its samples are on the second axis.
-        prefer_second: parameters whose calls are read so where both readings fit.
+        layouts: for each call where its samples are.
+        reading: parameters whose calls are read in another than the likeliest way.
         check: weights (samples, rows): also return autograd's gradient of sum_ir check_ir cotangent_ir . output_i.
 
     Returns:
@@ -240,7 +238,7 @@ def capture(
     n, rows = cotangents.shape[:2]
     reference: list[Tensor | None] = []
     with torch.enable_grad(), eager(model):
-        with Recorder(parameters, n, second, prefer_second) as recorder:
+        with Recorder(parameters, n, layouts, reading) as recorder:
             out = check_output(model(x), n)
         records = recorder.records
         if not out.requires_grad:
@@ -266,7 +264,7 @@ def capture(
         made.factors(),
         made.direct,
         tuple(recorder.signature),
-        [record.call.second for record in records],
+        [record.call.layout for record in records],
         made.n_bytes,
     )
     return result, [None if g is None else g.detach() for g in reference]

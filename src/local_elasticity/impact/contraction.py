@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from local_elasticity.errors import InputError
 from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager
 from local_elasticity.impact.checks import check_output
-from local_elasticity.impact.layers import Lookup, Outer
+from local_elasticity.impact.layers import Layout, Lookup, Outer
 from local_elasticity.impact.state import call_at
 
 PROBE = 7  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
@@ -67,9 +67,9 @@ class Contraction:
         self.reasons: dict[int, str] = {}
         self.ways = ["rule"] * len(chosen)
         self.calls: Counter[str] = Counter()
-        self._second: list[bool] = []
+        self._layouts: list[Layout] = []
         self._signature: tuple | None = None
-        self._prefer_second: frozenset[int] = frozenset()
+        self._reading: dict[int, int] = {}
         probe = x[: min(PROBE, len(x))]
         self.n_outputs = self._check_samples(probe)
         self._probe(probe)
@@ -101,26 +101,27 @@ class Contraction:
         weights = torch.randn(len(x), 2, generator=generator, dtype=torch.float64)
         cotangents, weights = cotangents.to(x.device), weights.to(x.device)
         self._examine(x, cotangents, weights)
-        failed = frozenset(i for i, way in enumerate(self.ways) if way == "fallback" and "autograd" in self.reasons[i])
-        if failed:  # an axis of positions may be as long as the batch: read those calls the other way round
-            self._prefer_second = failed
-            before = list(self.ways)
+        # An axis of positions may be as long as the batch, or share one with it: read those calls the other way.
+        for turn in (1, 2):
+            failed = [i for i, reason in self.reasons.items() if "autograd" in reason]
+            before = (dict(self._reading), dict(self.reasons))
+            if not failed:
+                return
+            self._reading.update(dict.fromkeys(failed, turn))
             self._examine(x, cotangents, weights)
-            if sum(way == "rule" for way in self.ways) <= sum(way == "rule" for way in before):
-                self._prefer_second = frozenset()
+            if len(self.reasons) >= len(before[1]):
+                self._reading = before[0]
                 self._examine(x, cotangents, weights)
 
     def _examine(self, x: Tensor, cotangents: Tensor, weights: Tensor) -> None:
-        taken, reference = capture(
-            self.model, self.parameters, x, cotangents, prefer_second=self._prefer_second, check=weights
-        )
+        taken, reference = capture(self.model, self.parameters, x, cotangents, reading=self._reading, check=weights)
         if not reference:
             raise InputError(
                 expected="outputs that depend on the model's trainable parameters by operations with a gradient",
                 got="outputs without gradient",
                 do="do not detach inside the model, or use engine='replay'",
             )
-        self._signature, self._second = taken.signature, taken.second
+        self._signature, self._layouts = taken.signature, taken.layouts
         self.calls = Counter(name for name, _, covered in taken.signature if covered)
         self.reasons = {}
         self.ways = self._judge(taken, reference, weights)
@@ -168,22 +169,18 @@ class Contraction:
         sizes = []
         for rows in (1, 2):
             some = torch.zeros(len(x), rows, self.n_outputs, device=x.device)
-            sizes.append(capture(self.model, self.parameters, x, some, second=self._second)[0].n_bytes / len(x))
+            sizes.append(capture(self.model, self.parameters, x, some, layouts=self._layouts)[0].n_bytes / len(x))
         return lambda rows: sizes[0] + (sizes[1] - sizes[0]) * (rows - 1)
 
     # -- captures ---------------------------------------------------------------------------------------------------
 
     def capture(self, x: Tensor, cotangents: Float[Tensor, "samples rows outputs"]) -> Capture:
         """The factors of a batch; a batch that takes another path through the model is checked like the first."""
-        taken, _ = capture(
-            self.model, self.parameters, x, cotangents, second=self._second, prefer_second=self._prefer_second
-        )
+        taken, _ = capture(self.model, self.parameters, x, cotangents, layouts=self._layouts, reading=self._reading)
         if taken.signature == self._signature:
             return taken
         weights = torch.randn(len(x), cotangents.shape[1], dtype=torch.float64).to(x.device)
-        taken, reference = capture(
-            self.model, self.parameters, x, cotangents, prefer_second=self._prefer_second, check=weights
-        )
+        taken, reference = capture(self.model, self.parameters, x, cotangents, reading=self._reading, check=weights)
         reasons = dict(self.reasons)
         ways = self._judge(taken, reference, weights)
         broken = [

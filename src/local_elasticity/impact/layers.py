@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -77,30 +77,39 @@ class Direct:
 Part = Outer | Lookup | Direct
 
 
+Layout = Literal["first", "second", "outer", "inner"]
+"""Where the samples are: on the first axis; on the second (sequence-first attention); or on the first together with
+positions, as its slower part (outer) or its faster one (inner)."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer's function: how many samples there are, and which axis counts them.
-
-    Attributes:
-        n: samples in the batch.
-        second: the samples are on the second axis (sequence-first attention) or, where the first axis counts both,
-            vary fastest along it; not on the first, varying slowest.
-    """
+    """One call of a layer's function: how many samples there are, and where."""
 
     n: int
-    second: bool = False
+    layout: Layout = "first"
 
     def samples_first(self, x: Tensor) -> Tensor:
         """``x`` as (samples, ...): the second axis moved, or the first split where it also counts positions."""
-        if self.second:
-            return (x if x.dim() > 1 and x.shape[1] == self.n else x.reshape(-1, self.n, *x.shape[1:])).movedim(1, 0)
-        return x if x.shape[0] == self.n else x.reshape(self.n, -1, *x.shape[1:])
+        if self.layout == "first":
+            return x
+        if self.layout == "second":
+            return x.movedim(1, 0)
+        if self.layout == "outer":
+            return x.reshape(self.n, -1, *x.shape[1:])
+        return x.reshape(-1, self.n, *x.shape[1:]).movedim(1, 0)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether this reading of the axes is possible."""
-        if self.second and x.dim() > 2 and x.shape[1] == self.n:
-            return True
-        return x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % self.n == 0
+    @staticmethod
+    def layouts(x: Tensor, n: int) -> list[Layout]:
+        """The readings of a result's axes that are possible, the likeliest first."""
+        found: list[Layout] = []
+        if x.dim() and x.shape[0] == n:
+            found.append("first")
+        if x.dim() > 2 and x.shape[1] == n:
+            found.append("second")
+        if x.dim() and x.shape[0] != n and x.shape[0] and x.shape[0] % n == 0:
+            found += ["outer", "inner"]
+        return found
 
 
 Rule = Callable[..., Iterator[Part]]
@@ -128,7 +137,7 @@ def kind(made: Rule) -> str:
 
 @rule(F.linear)
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Part]:
-    """y = x W^T + b, at any number of positions."""
+    """Y = x W^T + b, at any number of positions."""
     d_out, d_in = weight.shape
     inputs = call.samples_first(input)
     yield Outer(
@@ -371,7 +380,7 @@ def embedding(
     """A table's rows by their ids; a padding id passes no gradient on."""
     if max_norm is not None or scale_grad_by_freq:
         return
-    ids = call.samples_first(input).reshape(call.n, -1)
+    ids = call.samples_first(input.unsqueeze(-1)).reshape(call.n, -1)
     if padding_idx is not None:
         ids = torch.where(ids == padding_idx % len(weight), -1, ids)
     yield Lookup(weight, ids, lambda g: g.reshape(len(g), -1, weight.shape[1]))
@@ -383,7 +392,7 @@ def embedding(
 def _affine(
     call: Call, normal: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Callable[[Tensor], list[int]]
 ) -> Iterator[Part]:
-    """y = normal * weight + bias: sums over everything but ``axes``, counted from the end."""
+    """Y = normal * weight + bias: sums over everything but ``axes``, counted from the end."""
 
     def total(g: Tensor) -> Tensor:
         first = call.samples_first(g)
@@ -459,7 +468,7 @@ def batch_norm(
 
 @rule(torch.prelu)
 def prelu(call: Call, input: Tensor, weight: Tensor) -> Iterator[Part]:
-    """y = x where x > 0, weight * x elsewhere; one weight, or one a channel."""
+    """Y = x where x > 0, weight * x elsewhere; one weight, or one a channel."""
     negative = input.detach().clamp(max=0)
     channel = (lambda g: [1 - g.dim()]) if weight.numel() > 1 else (lambda g: [])
     yield from (
@@ -471,7 +480,7 @@ def prelu(call: Call, input: Tensor, weight: Tensor) -> Iterator[Part]:
 
 @rule(torch.Tensor.add, torch.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 def addition(call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Iterator[Part]:
-    """x + b with a bare parameter b (a position embedding, a bias); either may be the parameter."""
+    """Sum x + b with a bare parameter b (a position embedding, a bias); either may be the parameter."""
     for parameter, partner, factor in ((input, other, 1), (other, input, alpha)):
         if isinstance(parameter, torch.nn.Parameter) and isinstance(partner, Tensor):
             yield _broadcast(call, parameter, None, factor)
@@ -479,7 +488,7 @@ def addition(call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Iter
 
 @rule(torch.Tensor.mul, torch.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 def multiplication(call: Call, input: Tensor, other: Any) -> Iterator[Part]:
-    """x * s with a bare parameter s (a layer scale, a temperature); either may be the parameter."""
+    """Product x * s with a bare parameter s (a layer scale, a temperature); either may be the parameter."""
     for parameter, partner in ((input, other), (other, input)):
         if isinstance(parameter, torch.nn.Parameter) and isinstance(partner, Tensor):
             yield _broadcast(call, parameter, partner.detach(), 1)
@@ -495,7 +504,7 @@ def _broadcast(call: Call, parameter: Tensor, factor: Tensor | None, scale: floa
         first = call.samples_first(g)
         lead = g.dim() - parameter.dim()
         sizes = [1] * lead + list(parameter.shape)
-        if call.second and first.dim() == g.dim():
+        if call.layout == "second":
             sizes = [sizes[1], sizes[0], *sizes[2:]]
         elif first.dim() > g.dim():
             sizes = [sizes[0], 1, *sizes[1:]]
