@@ -49,6 +49,14 @@ class Step(ABC):
     def _write_one(self, index: int, weight: Tensor, gradient: Tensor, out: Tensor) -> None:
         out.copy_(self.stepped(index, weight, gradient))
 
+    def narrowed(self, parts: Mapping[int, tuple[slice, ...]]) -> Step:
+        """The same step on parts of some weights, by index; for elementwise steps only."""
+        other = copy.copy(self)
+        other.weights = [
+            weight[parts[index]].contiguous() if index in parts else weight for index, weight in enumerate(self.weights)
+        ]
+        return other
+
     def directions(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """All directions of one source, zeros where a parameter got no gradient."""
         return [
@@ -271,6 +279,15 @@ class _LiveRule(Step):
             return torch.zeros_like(weight)
         return self._direction(weight, gradient, group, self.states[index])
 
+    def narrowed(self, parts: Mapping[int, tuple[slice, ...]]) -> Step:
+        other = super().narrowed(parts)
+        assert isinstance(other, _LiveRule)
+        other.states = [
+            {key: _part(value, self.weights[index], parts.get(index)) for key, value in state.items()}
+            for index, state in enumerate(self.states)
+        ]
+        return other
+
     @abstractmethod
     def _stepped(self, weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor: ...
 
@@ -284,6 +301,13 @@ def _like(key: str, value: Any, weight: Tensor) -> Any:
     if isinstance(value, Tensor) and value.shape == weight.shape and key not in ("step", "mu_product", "eta", "mu"):
         return value.detach().to(weight)
     return value
+
+
+def _part(value: Any, weight: Tensor, part: tuple[slice, ...] | None) -> Any:
+    """The part of a state tensor that belongs to a part of its weight."""
+    if part is None or not isinstance(value, Tensor) or value.shape != weight.shape:
+        return value
+    return value[part].contiguous()
 
 
 class _LiveSGD(_LiveRule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from local_elasticity.impact.plan import MemoryMeter, Plan
 from local_elasticity.impact.problem import LossFunction, Problem
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.trimming import trimmed
 from local_elasticity.updates import Update
 
 Engine = Literal["auto", "replay", "linear"]
@@ -133,18 +135,21 @@ def measure(
     with torch.inference_mode(False), preserved(model, mode) as streams:
         step = update.bind(parameters, originals)
         problem = Problem(model, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size, streams)
-        problem.look_before(outputs)
-        meter = MemoryMeter(next(iter(parameters.values())).device)
         run = measure_linear if engine == "linear" else measure_replay
-        result = run(
-            problem,
-            chunk_size=chunk_size,
-            route=route,
-            check_pairs=check_pairs,
-            max_memory=max_memory,
-            progress=progress,
-            meter=meter,
-        )
+        with trimmed(problem, outputs) if run is measure_replay else nullcontext(0) as left_out:
+            problem.look_before(outputs)
+            meter = MemoryMeter(next(iter(parameters.values())).device)
+            result = run(
+                problem,
+                chunk_size=chunk_size,
+                route=route,
+                check_pairs=check_pairs,
+                max_memory=max_memory,
+                progress=progress,
+                meter=meter,
+            )
+        if left_out:
+            result.plan.notes.append(f"{left_out:,} weights only ever meet padding and were left out")
     plan: Plan = result.plan
     plan.peak_bytes = meter.rise
     plan.measured_seconds = time.perf_counter() - started
