@@ -7,7 +7,6 @@ from torch import nn
 
 import local_elasticity as le
 from local_elasticity.errors import InputError
-from local_elasticity.impact import dense
 from local_elasticity.impact.kernel import kernel, kernel_diagonal
 from local_elasticity.networks import MLP, SimpleConv
 
@@ -136,22 +135,6 @@ def test_is_symmetric_and_positive_semidefinite(model):
     values = torch.linalg.eigvalsh(blocks.permute(0, 2, 1, 3).reshape(n * k, n * k))
     assert float(values.min()) >= -1e-12 * float(values.max())
     assert float(values.max()) > 0
-
-
-def test_linear_layers_go_by_their_factors():
-    """The fast way is really taken where it should, and only there."""
-    x = torch.randn(3, 6).double()
-    for name, expected in (("mlp", True), ("linear", True), ("scalar", True), ("tied", False), ("functional", False),
-                           ("in_place", False), ("bare", False), ("attention", False), ("conv", False)):  # fmt: skip
-        assert (dense.Factors.of(MODELS[name]().double(), x, [0]) is not None) is expected, name
-
-
-def test_factors_of_more_samples_than_a_chunk():
-    torch.manual_seed(0)
-    model = MLP(6, 3, depth=2, width=7).double()
-    x = torch.randn(dense.FORWARD_CHUNK + 9, 6).double()
-    a = jacobian(model, x)
-    torch.testing.assert_close(kernel(model, x), torch.einsum("xkp,ylp->xykl", a, a), rtol=1e-10, atol=1e-10)
 
 
 def test_on_images():

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact import checks, dense
+from local_elasticity.impact import checks
+from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
 from local_elasticity.impact.plan import check_memory
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import Mode, call_at, preserved
+from local_elasticity.impact.state import Mode, preserved
 
 Form = Literal["full", "trace"] | int
 
-WORKING_BYTES = 512 * 2**20  # of Jacobians or factors at once, without max_memory
+WORKING_BYTES = 512 * 2**20  # of factors at once, without max_memory
 
 
 def kernel(
@@ -68,13 +69,36 @@ def kernel(
             sources = sources.to(dtype) if sources.is_floating_point() else sources
             targets = sources if same else (targets.to(dtype) if targets.is_floating_point() else targets)
         with preserved(model, mode):
-            if any(module.training for module in model.modules()):
-                raise InputError(expected="mode='eval' for a kernel", got="modules in train mode", do="use mode='eval'")
-            with torch.no_grad():
-                n_outputs = checks.check_output(model(sources[:1]), 1).shape[1]
-            outputs = _chosen_outputs(form, n_outputs)
-            blocks = _contract(model, sources, targets, outputs, form, chunk_size, max_memory, progress)
-    return blocks if form == "full" else blocks[:, :, 0, 0]
+            contraction = _prepared(model, sources, max_memory)
+            outputs = _chosen_outputs(form, contraction.n_outputs)
+            rows = len(outputs) if form == "full" else 1
+            own = parameters_dtype(model).itemsize
+            result_bytes = 2 * len(sources) * len(targets) * rows**2 * own
+            needed = result_bytes + 2 * math.ceil(contraction.bytes_per_sample(rows)) * (chunk_size or 1)
+            check_memory(needed, max_memory)
+            room = WORKING_BYTES if max_memory is None else max_memory - result_bytes
+            passes = [outputs] if form == "full" else [[output] for output in outputs]
+            title = f"kernel of {len(sources)} x {len(targets)} samples"
+            total: Tensor | None = None
+            with Progress(progress, len(sources) * len(passes), title) as bar:
+                told = _Estimate(bar, len(sources) * len(passes))
+                for some in passes:
+                    part = contract(
+                        model,
+                        sources,
+                        u := _cotangents(some, contraction, sources),
+                        targets,
+                        u if targets is sources else _cotangents(some, contraction, targets),
+                        chunk_size=chunk_size,
+                        max_memory=room,
+                        contraction=contraction,
+                        advance=told,
+                    )
+                    total = part if total is None else total.add_(part)
+    assert total is not None
+    blocks = total.permute(0, 2, 1, 3)
+    blocks = 0.5 * (blocks + blocks.permute(1, 0, 3, 2)) if xt is None else blocks
+    return blocks.contiguous() if form == "full" else blocks[:, :, 0, 0].contiguous()
 
 
 def kernel_diagonal(
@@ -91,7 +115,54 @@ def kernel_diagonal(
     Raises:
         InputError: as ``kernel``.
     """
-    return torch.cat([kernel(model, x, form=form, mode=mode).reshape(1) for x in checks.check_targets(xs).split(1)])
+    with torch.inference_mode(False):
+        checks.check_model(model)
+        x = checks.check_targets(xs)
+        with preserved(model, mode):
+            contraction = _prepared(model, x, None)
+            found = torch.zeros(len(x), dtype=parameters_dtype(model), device=x.device)
+            for output in _chosen_outputs(form, contraction.n_outputs):
+                for some in torch.arange(len(x)).split(chunk_for(contraction, 1, len(x), WORKING_BYTES)):
+                    part = x[some]
+                    u = _cotangents([output], contraction, part)
+                    own = found.new_zeros((1, 1, len(part)))
+                    taken = contraction.capture(part, u)
+                    contraction.add_own(taken, taken, own)
+                    contraction.add_left_over((part, u), (part, u), own, own=True)
+                    found[some] += own[0, 0]
+    return found
+
+
+def parameters_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first trainable weight."""
+    return next(p.dtype for p in model.parameters() if p.requires_grad)
+
+
+def _prepared(model: nn.Module, x: Tensor, max_memory: int | None) -> Contraction:
+    if any(module.training for module in model.modules()):
+        raise InputError(expected="mode='eval' for a kernel", got="modules in train mode", do="use mode='eval'")
+    block = min(BLOCK_BYTES, max((max_memory or WORKING_BYTES) // 8, 2**16))
+    return Contraction(model, x, block_bytes=block)
+
+
+def _cotangents(outputs: list[int], contraction: Contraction, x: Tensor) -> Float[Tensor, "samples rows outputs"]:
+    """The unit vectors of these outputs, at every sample."""
+    dtype = contraction.parameters.parameters[0].dtype
+    units = torch.eye(contraction.n_outputs, dtype=dtype, device=x.device)[outputs]
+    return units.expand(len(x), *units.shape)
+
+
+class _Estimate:
+    """Advances the bar, and tells from the first chunk what the whole takes."""
+
+    def __init__(self, bar: Progress, total: int) -> None:
+        self.bar, self.total, self.started, self.told = bar, total, time.perf_counter(), False
+
+    def __call__(self, done: int) -> None:
+        if not self.told:
+            self.bar.estimate((time.perf_counter() - self.started) * self.total / done)
+            self.told = True
+        self.bar.advance(done)
 
 
 def _chosen_outputs(form: Form, n_outputs: int) -> list[int]:
@@ -104,75 +175,3 @@ def _chosen_outputs(form: Form, n_outputs: int) -> list[int]:
         got=repr(form),
         do="choose one of them",
     )
-
-
-def _contract(
-    model: nn.Module,
-    xs: Tensor,
-    xt: Tensor,
-    outputs: list[int],
-    form: Form,
-    chunk_size: int | None,
-    max_memory: int | None,
-    progress: bool,
-) -> Float[Tensor, "sources targets k k"]:
-    """Tile by tile; only the upper triangle where both sides are the same samples."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    same, full = xs is xt, form == "full"
-    layers = dense.covered(model)
-    if layers and dense.Factors.of(model, xs[:1], outputs) is None:
-        layers = []
-    size = dense.bytes_per_sample(layers, len(outputs))
-    size = size or sum(p.numel() for p in parameters) * len(outputs) * parameters[0].element_size()
-    blocks = parameters[0].new_zeros((len(xs), len(xt), *((len(outputs),) * 2 if full else (1, 1))))
-    result_bytes = 2 * blocks.numel() * blocks.element_size()
-    check_memory(result_bytes + 2 * size * (chunk_size or 1), max_memory)
-    room = WORKING_BYTES if max_memory is None else max_memory - result_bytes
-    step = chunk_size or max(1, room // size if same and room >= size * len(xs) else room // (2 * size))
-    starts = [(i, j) for i in range(0, len(xs), step) for j in range(i if same else 0, len(xt), step)]
-
-    def prepared(x: Tensor) -> _Jacobians | dense.Factors:
-        factors = dense.Factors.of(model, x, outputs) if layers else None
-        return factors or _Jacobians(_jacobian(model, parameters, x, outputs))
-
-    with Progress(progress, len(starts), f"kernel of {len(xs)} x {len(xt)} samples") as bar:
-        started, row, left = time.perf_counter(), -1, None
-        for i, j in starts:
-            if i != row:
-                row, left = i, prepared(xs[i : i + step])
-            right: Any = left if same and i == j else prepared(xt[j : j + step])
-            assert left is not None
-            tile = left.contract(right, full)
-            blocks[i : i + step, j : j + step] = tile
-            if same and i != j:
-                blocks[j : j + step, i : i + step] = tile.permute(1, 0, 3, 2)
-            bar.advance()
-            if (i, j) == starts[0]:
-                bar.estimate((time.perf_counter() - started) * len(starts))
-    return 0.5 * (blocks + blocks.permute(1, 0, 3, 2)) if same else blocks
-
-
-@dataclass
-class _Jacobians:
-    """The Jacobians of some samples, one matrix a parameter: for networks that are not linear layers alone."""
-
-    parts: list[Float[Tensor, "samples k weights"]]
-
-    def contract(self, other: _Jacobians, full: bool) -> Float[Tensor, "samples others k k"]:
-        equation = "xkp,ylp->xykl" if full else "xkp,ykp->xy"
-        total = sum(torch.einsum(equation, a, b) for a, b in zip(self.parts, other.parts, strict=True))
-        assert isinstance(total, Tensor)
-        return total if full else total[:, :, None, None]
-
-
-def _jacobian(
-    model: nn.Module, parameters: list[nn.Parameter], x: Tensor, outputs: list[int]
-) -> list[Float[Tensor, "samples k weights"]]:
-    """The derivative of the chosen outputs by every trainable weight, one matrix a parameter."""
-    values = [p.detach() for p in parameters]
-
-    def one(weights: list[Tensor], sample: Tensor) -> Tensor:
-        return checks.check_output(call_at(model, parameters, weights, sample[None]), 1)[0, outputs]
-
-    jacobians = torch.func.vmap(torch.func.jacrev(one), (None, 0))(values, x)
-    return [j.flatten(2).detach() for j in jacobians]
