@@ -17,7 +17,9 @@ from local_elasticity.errors import InputError
 from local_elasticity.networks import MLP
 
 
-@parametrize_with_checks([LocalElasticityClustering(random_state=0)])  # every check that scikit-learn has for clusterers
+@parametrize_with_checks(
+    [LocalElasticityClustering(random_state=0)]
+)  # every check that scikit-learn has for clusterers
 def test_is_a_scikit_learn_clusterer(estimator, check):
     check(estimator)
 

@@ -184,8 +184,8 @@ def test_bad_input():
         le.s_rel_limit(MLP(4, 3).double(), X, outputs="logits")
     with pytest.raises(InputError, match="outputs in"):
         le.s_rel_limit(model, X, outputs="logit")
+    looked = le.ripple(MLP(4, 3).double(), nn.CrossEntropyLoss(), (X, LABELS.long()))
     with pytest.raises(InputError, match="one output"):
-        looked = le.ripple(MLP(4, 3).double(), nn.CrossEntropyLoss(), (X, LABELS.long()))
         s_ker_of(looked)
     saturated = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
     with torch.no_grad():

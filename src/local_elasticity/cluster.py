@@ -6,7 +6,6 @@ kind, although it was never told the kinds. Needs scikit-learn, the extra "clust
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,6 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError, missing_extra, nearest
-from local_elasticity.impact.kernel import kernel
 from local_elasticity.kernel_similarity import Output, Outputs, s_ker, s_rel_limit, symmetrised
 from local_elasticity.networks import MLP
 
@@ -102,7 +100,7 @@ class LocalElasticityClustering(ClusterMixin, BaseEstimator):
         self.max_memory = max_memory
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None) -> LocalElasticityClustering:  # noqa: N803 (scikit-learn's name)
+    def fit(self, X: Any, y: Any = None) -> LocalElasticityClustering:
         """Compute the similarity of all pairs and cluster it.
 
         Args:
@@ -115,8 +113,9 @@ class LocalElasticityClustering(ClusterMixin, BaseEstimator):
         Raises:
             InputError: for a setting that is none, fewer samples than clusters, or a sample that no step can move.
         """
-        array = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
-        array = validate_data(self, array, dtype=(np.float64, np.float32), allow_nd=True)
+        array: Any = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
+        check: Any = validate_data
+        array = check(self, array, dtype=(np.float64, np.float32), allow_nd=True)
         self._check(len(array))
         random = check_random_state(self.random_state)
         self.network_ = self._network(array, random)
@@ -195,14 +194,14 @@ def cluster(
     Returns:
         The cluster of each sample, 0 ... n_clusters - 1.
     """
-    from sklearn.cluster import KMeans, SpectralClustering
+    import sklearn.cluster
 
+    makers: Any = sklearn.cluster  # its stubs know "auto" alone for n_init
     if method == "kmeans":
-        found = KMeans(n_clusters, n_init=n_init, random_state=random_state).fit(affinity)
-        return found.labels_  # pyright: ignore[reportReturnType]
+        return makers.KMeans(n_clusters, n_init=n_init, random_state=random_state).fit(affinity).labels_
     if method == "spectral":
         weights = np.maximum(affinity, 0.0)
-        spectral = SpectralClustering(
+        spectral = makers.SpectralClustering(
             n_clusters, affinity="precomputed", n_init=n_init, random_state=random_state, assign_labels="kmeans"
         )
         return spectral.fit(weights).labels_

@@ -1,6 +1,6 @@
 """He and Su's similarities from the tangent kernel: kernelised, and the small-step limit of the relative one.
 
-One SGD step on the loss at x moves a scalar output at x' by -lr K(x', x) dL/df(x) + O(lr²), so that (spec srel 1.1, 1.2)
+One SGD step on the loss at x moves a scalar output at x' by -lr K(x', x) dL/df(x) + O(lr²), so (spec srel 1.1, 1.2)
 
     S_rel(x, x') -> |K(x, x')| / K(x, x)            S_ker(x, x') = [f(x') - f+(x')] / (lr dL/df(x)) -> K(x, x').
 

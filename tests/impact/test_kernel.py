@@ -117,9 +117,7 @@ def test_equals_the_product_of_jacobians(model, chunk_size):
     full = torch.einsum("xkp,ylp->xykl", a, b)
     torch.testing.assert_close(kernel(model, x, y, chunk_size=chunk_size), full, rtol=1e-10, atol=1e-10)
     trace = full.diagonal(dim1=2, dim2=3).sum(-1)
-    torch.testing.assert_close(
-        kernel(model, x, y, form="trace", chunk_size=chunk_size), trace, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(kernel(model, x, y, form="trace", chunk_size=chunk_size), trace, rtol=1e-10, atol=1e-10)
     last = full.shape[-1] - 1
     torch.testing.assert_close(kernel(model, x, y, form=last), full[:, :, last, last], rtol=1e-10, atol=1e-10)
     own = torch.einsum("xkp,xkp->xk", a, a)

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -43,7 +44,7 @@ def walked(points, slope, half, height):
     side = np.hypot(half, height)
     places = []
     for x, y in points[:, :2]:
-        for at, (a, b) in enumerate(zip(corners[:-1], corners[1:], strict=True)):
+        for at, (a, b) in enumerate(itertools.pairwise(corners)):
             t = np.dot([x, y] - a, b - a) / side**2
             if -1e-9 <= t <= 1 + 1e-9 and np.allclose(a + t * (b - a), [x, y]):
                 places.append((at + t) * side)

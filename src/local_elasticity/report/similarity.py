@@ -89,9 +89,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def clustering_accuracy(
-    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, width: float = 6.9
-) -> Figure:
+def clustering_accuracy(table: Mapping[str, Mapping[str, Sequence[float]]], title: str, width: float = 6.9) -> Figure:
     """Accuracy of every method on every pair: the mean over seeds, and one standard deviation.
 
     Networks are filled marks and their linear twins, below, open ones; the line is the better of both K-means.
@@ -137,8 +135,6 @@ def clustering_accuracy(
     axes[1].set_xticks(range(len(pairs)), labels=pairs, fontsize=SMALL)
     handles, labels = axes[0].get_legend_handles_labels()
     single = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        single.values(), single.keys(), loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False
-    )
+    figure.legend(single.values(), single.keys(), loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
     figure.suptitle("\n".join(textwrap.wrap(title, int(width * 17.5))), fontsize=NORMAL)
     return figure

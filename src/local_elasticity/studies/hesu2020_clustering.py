@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,7 +124,9 @@ SCALES = {
         pairs={"cifar10": 3},
     ),
     "paper": Scale(
-        WIDTH, {"mnist mse": 200, "mnist bce": 50, "cifar10 mse": 200, "cifar10 bce": 200}, {"mnist": 5, "cifar10": 5},
+        WIDTH,
+        {"mnist mse": 200, "mnist bce": 50, "cifar10 mse": 200, "cifar10 bce": 200},
+        {"mnist": 5, "cifar10": 5},
         whole=True,
     ),
 }
@@ -270,7 +272,7 @@ def _counts(samples: Samples) -> list[int]:
 
 
 @contextmanager
-def _one_thread():  # noqa: ANN202
+def _one_thread() -> Iterator[None]:
     """One thread for torch and for the linear algebra of NumPy and scikit-learn, in every backend."""
     from threadpoolctl import threadpool_limits
 
@@ -333,7 +335,7 @@ class ClusteringStudy:
             for seed in range(size.seeds[name])
         ]
         print(
-            f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; {len(jobs)} pairs and seeds of "
+            f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; {len(jobs)} pairs and seeds, "
             f"4 networks each; data: {'; '.join(origins.values())}",
             flush=True,
         )

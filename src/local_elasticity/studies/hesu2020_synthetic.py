@@ -1,4 +1,4 @@
-"""Study hesu2020-synthetic: S_rel against geodesic distance, network and linear twin (arXiv:1910.06943; spec srel 6)."""
+"""Study hesu2020-synthetic: S_rel against geodesic distance, network and twin (arXiv:1910.06943; spec srel 6)."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class SyntheticStudy:
             }
         claims = check_claims(results, rows, self.seed)
         notes = [
-            f"{size.points} points, seed {self.seed}; full-batch gradient descent, {size.passes} updates, squared error",
+            f"{size.points} points, seed {self.seed}; full-batch descent, {size.passes} updates, squared error",
             "S_rel: small-step limit |K(x, x')| / K(x, x) of the trained network, float64; all ordered pairs of class "
             "1, self pairs in",
             "intervals: 95 % bootstrap over the points of class 1; one network a row",
