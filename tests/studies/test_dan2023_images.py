@@ -32,7 +32,8 @@ def cifar(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny():
+def tiny(monkeypatch):
+    monkeypatch.setattr(study, "DEFINITIONS", ("kl_published", "kl"))  # fewer figures
     return study.smaller(STUDIES["dan2023-cifar10"], probes_per_class=2, every=2, network="simple-conv")
 
 
@@ -66,7 +67,8 @@ def test_it_runs_judges_and_draws(cifar, tiny, tmp_path, capsys):
     assert float(stored["intra"]) == pytest.approx(at.intra, rel=1e-12)
 
 
-def test_an_interrupted_study_continues_to_the_same_numbers(cifar, tiny, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_study_continues_to_the_same_numbers(cifar, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("local_elasticity.report.write_all", lambda *_: [None])  # drawn above
     tiny.run_at(TINY, "small", tmp_path / "whole")
     update, done = study.Session._update, []
 
