@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "local-elasticity run"
 FORMAT_VERSION = 1
+MADE_BY = "local-elasticity"  # marks a config.json as ours: folders without it are never emptied
 OUTPUTS = {
     "before": ("step", "target", "output"),
     "after": ("step", "update", "source", "target", "output"),
@@ -331,7 +332,7 @@ class ZarrStore:
 
 
 def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) -> bool:
-    """Make a run's folder and note its configuration; True when it holds an earlier part of the same run.
+    """Make the folder of a run or a study and note its configuration; True when it holds a part of the same run.
 
     Raises:
         InputError: when the folder holds something else, or a run with another configuration.
@@ -341,19 +342,20 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
     partial = note.with_suffix(".partial")
     stored = _stored_configuration(note)
-    known = ({"schedule", "definitions"}, {"title", "scale"})  # of a run and of a study, before their first result
-    ours = locate(out) is not None or (stored is not None and any(keys <= set(stored) for keys in known))
+    ours = locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
     if out.exists() and not ours and any(path != partial for path in out.iterdir()):
         raise InputError(
-            expected="an empty folder or a run",
+            expected="an empty folder, or one that a run or a study made",
             got=f"something else in {out}",
             do="choose another --out, or empty it yourself",
         )
     if overwrite and ours:
         shutil.rmtree(out)
         stored = None
+    elif ours and all(path in (note, partial) for path in out.iterdir()):
+        stored = None  # a run that failed before it wrote anything may be tried again with other settings
     out.mkdir(parents=True, exist_ok=True)
-    now = json.loads(json.dumps(configuration, default=str))
+    now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
     if stored is not None and stored != now:
         differing = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
         raise InputError(
