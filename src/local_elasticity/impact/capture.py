@@ -61,7 +61,7 @@ class Parameters:
             return None
         if x.stride() != base.stride() or not base.is_contiguous() or base.stride(0) == 0:
             return None
-        first, rest = divmod(x.storage_offset() - base.storage_offset(), base.stride(0))
+        first, rest = divmod(int(x.storage_offset() - base.storage_offset()), int(base.stride(0)))
         return None if rest else (index, (first, first + x.shape[0]))
 
     def among(self, args: Any) -> list[int]:
@@ -140,7 +140,8 @@ class Recorder(TorchFunctionMode):
         if not possible:
             return []
         turn = max(self.reading.get(i, 0) for i in touched)
-        call = Call(self.n, possible[min(turn, len(possible) - 1)])
+        layout: Layout = possible[min(turn, len(possible) - 1)]
+        call = Call(self.n, layout)
         with torch.no_grad():
             bare = {key: self._bare(value) for key, value in kwargs.items()}
             parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]
