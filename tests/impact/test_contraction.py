@@ -11,7 +11,7 @@ from local_elasticity.impact.layers import RULES
 from local_elasticity.networks import MLP
 from local_elasticity.updates import SGD, from_optimizer
 
-N, M = 5, 8
+N, M = 4, 5
 
 
 def make(name, n=N, m=M):
@@ -45,10 +45,9 @@ def test_contraction_is_the_jacobian_product(name):
     u = torch.randn(N, k, dtype=torch.float64)
     v = unit_cotangents(M, k, u)
     expected = torch.einsum("nk,nkp,mcp->nmc", u, jx, jy)
-    for chunk in (None, 3, 1):
-        for block in (2**25, 2**9):
-            prepared = Contraction(model, x, block_bytes=block)
-            assert_close(contract(model, x, u, y, v, chunk_size=chunk, contraction=prepared), expected)
+    for chunk, block in ((None, 2**25), (3, 2**9), (1, 2**25)):
+        prepared = Contraction(model, x, block_bytes=block)
+        assert_close(contract(model, x, u, y, v, chunk_size=chunk, contraction=prepared), expected)
     units = unit_cotangents(N, k, u)
     assert_close(contract(model, x, u, x, units, chunk_size=2), torch.einsum("nk,nkp,mcp->nmc", u, jx, jx))
     kernel = contract(model, x, units, x, units, chunk_size=2)
@@ -123,8 +122,7 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("name", UPDATES)
-@pytest.mark.parametrize("network", ["mlp", "gpt"])
+@pytest.mark.parametrize(("network", "name"), [*(("mlp", name) for name in UPDATES), ("vit", "momentum")])
 def test_contract_and_jvp_agree_for_every_affine_update(network, name, started):
     model, x, targets = make(network)
     targets = torch.cat([targets, x[[3, 0]]])  # some sources are targets, some are not
@@ -147,8 +145,8 @@ def test_contract_and_jvp_agree_for_every_affine_update(network, name, started):
         assert_close(one.losses, other.losses)
         assert one.linearization_error == pytest.approx(other.linearization_error, rel=1e-6)
     assert set(one.plan.ways) == {key for key, _ in model.named_parameters()}
-    if network == "gpt":
-        assert one.plan.ways["tokens.weight"].startswith("fallback: ")
+    if network == "vit":
+        assert one.plan.ways["cls"].startswith("fallback: ")
 
 
 def test_a_live_copy_of_sgd_on_converted_weights():

@@ -41,6 +41,15 @@ def eager(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
 
 
+@contextmanager
+def transformable(model: nn.Module) -> Iterator[None]:
+    """As ``eager``, and attention by its formula: its fused kernels know no forward-mode derivative and no vmap."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with eager(model), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 class Parameters:
     """Finds out which parameter a tensor is, or which rows of one."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager
+from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager, transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
 from local_elasticity.impact.state import call_at
@@ -610,7 +610,7 @@ def per_sample_gradients(
 
     cotangents = cotangents.to(weights[0])
     try:
-        with torch.no_grad(), eager(model), warnings.catch_warnings():
+        with torch.no_grad(), transformable(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return torch.func.vmap(one, randomness="error")(x, cotangents)
     except (RuntimeError, NotImplementedError, ValueError):

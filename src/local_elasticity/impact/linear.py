@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact.capture import eager
+from local_elasticity.impact.capture import transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
 from local_elasticity.impact.problem import Problem
@@ -47,7 +47,7 @@ def first_order_change(problem: Problem, directions: list[Tensor], x: Tensor) ->
     def outputs(values: list[Tensor]) -> Tensor:
         return check_output(call_at(problem.model, problem.parameters, values, x), len(x))
 
-    with torch.no_grad(), eager(problem.model):
+    with torch.no_grad(), transformable(problem.model):
         return torch.func.jvp(outputs, (weights,), (directions,))[1]
 
 
