@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ class Row:
     holds: bool | None = None
 
     def cells(self) -> tuple[str, ...]:
+        """What the table shows."""
         verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
         return self.work, "" if self.seconds is None else f"{self.seconds:.3g}", self.ratio, self.bound, verdict
 
@@ -119,7 +121,7 @@ def mixed_product(n: int, repeats: int) -> list[Row]:
         lambda: impacts.append(measure(model, cross_entropy, (x, y), targets, update=SGD(1e-6), engine="linear")),
         repeats,
     )
-    some = min(16, n)
+    some = min(8, n)
     loop: list[Tensor] = []
     plain = cpu_seconds(lambda: loop.append(clone_and_step(model, x[:some], y[:some], targets, 1e-6)), 1) / some * n
     floor = cpu_seconds(lambda: torch.einsum("nd,md->nm", x, targets), repeats)
@@ -180,19 +182,23 @@ def make(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
     return build().eval(), torch.randn(n, *shape), torch.arange(n) % 10
 
 
+def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> object:
+    return torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+
+
+def keep(kept: dict[str, Tensor], name: str, work: Callable[..., Tensor], *args: object) -> None:
+    kept[name] = work(*args)
+
+
 def gram_matrices(repeats: int, quick: bool, peers: str | None) -> list[Row]:
     rows = []
     for name, (_, _, whole, bound) in NETWORKS.items():
-        n = min(whole, 32) if quick and name.startswith("ResNet") else whole
+        n = min(whole, 16 if name.startswith("ResNet") else 128) if quick else whole
         model, x, y = make(name, n)
         kept: dict[str, Tensor] = {}
-        mine = cpu_seconds(lambda: kept.update(ours=gram(model, x, y)), repeats)
-        plain = cpu_seconds(lambda: kept.update(plain=gram_reference(model, x, y)), 1)
-
-        def bare() -> None:
-            torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
-
-        floor = cpu_seconds(bare, repeats)
+        mine = cpu_seconds(partial(keep, kept, "ours", gram, model, x, y), repeats)
+        plain = cpu_seconds(partial(keep, kept, "plain", gram_reference, model, x, y), 1)
+        floor = cpu_seconds(partial(batch_gradient, model, x, y), repeats)
         error = float((kept["ours"] - kept["plain"]).norm() / kept["plain"].norm())
         rows += [
             Row(f"Gram matrix, {name}, N = {n}: vmap(grad) and a matrix product", plain),
@@ -207,7 +213,7 @@ def gram_matrices(repeats: int, quick: bool, peers: str | None) -> list[Row]:
                 rows += [Row(f"  {peer}", seconds), least(f"  {peer} / ours", seconds, mine, 1)]
         if name.startswith("ResNet") and not quick:
             model, x, y = make(name, 512)
-            rows.append(Row(f"Gram matrix, {name}, N = 512: ours", cpu_seconds(lambda: gram(model, x, y), 1)))
+            rows.append(Row(f"Gram matrix, {name}, N = 512: ours", cpu_seconds(partial(gram, model, x, y), 1)))
     return rows
 
 
@@ -300,7 +306,6 @@ def snapshot(repeats: int, quick: bool) -> list[Row]:
         lambda: impacts.append(quiet(model, cross_entropy, (x, y), update=SGD(1e-4), engine="linear")), repeats
     )
     some = 6 if quick else 60
-    parameters = list(copy.deepcopy(model).parameters())
     spare = copy.deepcopy(model)
     parameters = list(spare.parameters())
 

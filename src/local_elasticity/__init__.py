@@ -3,7 +3,7 @@
 from local_elasticity import data, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
-from local_elasticity.impact import Impact, Plan, measure
+from local_elasticity.impact import Impact, Plan, gradient_gram, measure, measure_tiles
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -29,8 +29,10 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "define",
     "every",
     "from_optimizer",
+    "gradient_gram",
     "log_spaced",
     "measure",
+    "measure_tiles",
     "networks",
     "open_run",
     "s_rel",

@@ -2,5 +2,6 @@
 
 from local_elasticity.impact.measurement import Impact, measure
 from local_elasticity.impact.plan import Plan
+from local_elasticity.impact.tiles import gradient_gram, measure_tiles
 
-__all__ = ["Impact", "Plan", "measure"]
+__all__ = ["Impact", "Plan", "gradient_gram", "measure", "measure_tiles"]

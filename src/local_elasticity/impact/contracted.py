@@ -7,7 +7,7 @@ the momentum so far) by one Jacobian-vector product. Steps that are not affine i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from local_elasticity.impact.contraction import (
 )
 from local_elasticity.impact.linear import first_order_change
 from local_elasticity.impact.plan import check_memory
-from local_elasticity.impact.problem import Problem, as_scalar
+from local_elasticity.impact.problem import LossFunction, Problem, as_scalar
 
 T = TypeVar("T")
 PILOT_SHARE = 16  # the pilot takes one sample of so many, on each side
@@ -35,12 +35,20 @@ PILOT_SHARE = 16  # the pilot takes one sample of so many, on each side
 
 def loss_gradients(problem: Problem) -> tuple[Float[Tensor, " sources"], Float[Tensor, "sources outputs"], bool]:
     """Loss of each source and its gradient by the outputs; and whether the loss reads the weights in another way."""
-    outputs = problem.source_before.detach().clone().requires_grad_()
     with torch.no_grad():
         flat = problem.model(problem.inputs[:1]).dim() == 1
+    outputs = problem.source_before.squeeze(1) if flat else problem.source_before
+    losses, gradients, reads = per_sample_losses(outputs, problem.labels, problem.loss_fn, problem.parameters)
+    return losses, gradients.reshape(problem.source_before.shape), reads
+
+
+def per_sample_losses(
+    outputs: Tensor, labels: Tensor, loss_fn: LossFunction, parameters: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, bool]:
+    """Loss of each sample, its gradient by the outputs, and whether any of the parameters gets one directly."""
+    outputs = outputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        rows = (outputs.squeeze(1) if flat else outputs).split(1)
-        losses = [as_scalar(problem.loss_fn(row, y)) for row, y in zip(rows, problem.labels.split(1), strict=True)]
+        losses = [as_scalar(loss_fn(row, y)) for row, y in zip(outputs.split(1), labels.split(1), strict=True)]
         total = torch.stack(losses)
         if not total.requires_grad:
             raise InputError(
@@ -48,7 +56,7 @@ def loss_gradients(problem: Problem) -> tuple[Float[Tensor, " sources"], Float[T
                 got="a loss without gradient",
                 do="return loss_fn(outputs, labels) without detaching",
             )
-        found = torch.autograd.grad(total.sum(), [outputs, *problem.parameters], allow_unused=True)
+        found = torch.autograd.grad(total.sum(), [outputs, *parameters], allow_unused=True)
     by_outputs = torch.zeros_like(outputs) if found[0] is None else found[0]
     return total.detach(), by_outputs, any(g is not None for g in found[1:])
 
