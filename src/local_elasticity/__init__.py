@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from local_elasticity import data, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
-from local_elasticity.impact import Impact, Plan, Ripple, kernel, measure, ripple
+from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
 from local_elasticity.kernel_similarity import s_ker, s_rel_limit
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
@@ -36,9 +36,11 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "define",
     "every",
     "from_optimizer",
+    "gradient_gram",
     "kernel",
     "log_spaced",
     "measure",
+    "measure_tiles",
     "networks",
     "open_run",
     "ripple",

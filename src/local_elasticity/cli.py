@@ -293,7 +293,7 @@ def measure(
     """Measure one moment: take a step at each sample, look at all of them, print the class-by-class table.
 
     Example: local-elasticity measure --data digits --classes 0 1 8 --network mlp --checkpoint weights.safetensors
-    --update sgd:0.01 --definition he_su --definition kl
+    --update sgd:0.01 --engine linear --definition he_su --definition kl
 
     Args:
         data: as in track.
@@ -304,7 +304,7 @@ def measure(
         split: which images.
         update: the step, sgd:LR or adam:LR.
         definition: definition of S_rel, repeatable.
-        engine: replay (finite step), linear (first order) or auto.
+        engine: replay (finite step), linear (first order: all pairs at once, no rounding of tiny steps) or auto.
         exclude_self: leave pairs of a sample with itself out.
         device: cpu or cuda.
         seed: of fresh weights, samples and intervals.
@@ -344,6 +344,14 @@ def measure(
         f"linearisation error {impact.linearization_error:.2g}",
         markup=False,
     )
+    fallen = {key: way for key, way in plan.ways.items() if way.startswith("fallback")}
+    if plan.ways:
+        ruled = sum(way.startswith("rule") for way in plan.ways.values())
+        console.print(f"{ruled} parameters by layer rules, {len(fallen)} by per-sample gradients", markup=False)
+        for key, way in fallen.items():
+            console.print(f"  {key}: {way}", markup=False)
+    for note in plan.notes:
+        console.print(f"  {note}", markup=False)
     tables = {}
     for name in names:
         numerators, denominators = movements(impact, name)

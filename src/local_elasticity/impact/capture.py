@@ -41,6 +41,15 @@ def eager(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
 
 
+@contextmanager
+def transformable(model: nn.Module) -> Iterator[None]:
+    """As ``eager``, and attention by its formula: its fused kernels know no forward-mode derivative and no vmap."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with eager(model), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 class Parameters:
     """Finds out which parameter a tensor is, or which rows of one."""
 
@@ -61,7 +70,7 @@ class Parameters:
             return None
         if x.stride() != base.stride() or not base.is_contiguous() or base.stride(0) == 0:
             return None
-        first, rest = divmod(x.storage_offset() - base.storage_offset(), base.stride(0))
+        first, rest = divmod(int(x.storage_offset() - base.storage_offset()), int(base.stride(0)))
         return None if rest else (index, (first, first + x.shape[0]))
 
     def among(self, args: Any) -> list[int]:
@@ -140,7 +149,8 @@ class Recorder(TorchFunctionMode):
         if not possible:
             return []
         turn = max(self.reading.get(i, 0) for i in touched)
-        call = Call(self.n, possible[min(turn, len(possible) - 1)])
+        layout: Layout = possible[min(turn, len(possible) - 1)]
+        call = Call(self.n, layout)
         with torch.no_grad():
             bare = {key: self._bare(value) for key, value in kwargs.items()}
             parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]

@@ -8,6 +8,7 @@ gradient, falls back, alone, to per-sample gradients by ``torch.func``.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager
+from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager, transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
 from local_elasticity.impact.state import call_at
@@ -155,7 +156,7 @@ class Contraction:
     def _unfit(mine: dict[Key, _Part], parameter: Tensor) -> str | None:
         """Why a parameter's factors cannot be multiplied with each other."""
         blocks = sorted(key[1] for key in mine)
-        if any(a[1] > b[0] for a, b in zip(blocks, blocks[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in itertools.pairwise(blocks)):
             return "overlapping blocks of it are used"
         for part in mine.values():
             if (bool(part.outers) + bool(part.lookups) + part.is_direct) > 1:
@@ -201,6 +202,12 @@ class Contraction:
         ]
         return taken
 
+    def way(self, index: int) -> str:
+        """In words: by which rule and form a parameter's products were taken, or why it fell back."""
+        if self.ways[index] == "fallback":
+            return f"fallback: {self.reasons[index]}"
+        return "unused" if self.ways[index] == "unused" else f"rule: {self.forms.get(index, 'not needed')}"
+
     @property
     def left_over(self) -> list[int]:
         """The parameters that fall back."""
@@ -219,6 +226,10 @@ class Contraction:
         """The same for each sample with itself only: two captures of one batch."""
         for task in self._tasks(left, right):
             task.add_own(out)
+
+    def operations(self, left: Capture, right: Capture, n: int, m: int) -> float:
+        """Operations of the rules' products for n left and m right samples like these."""
+        return sum(task.operations(n, m) for task in self._tasks(left, right))
 
     def _tasks(self, left: Capture, right: Capture) -> Iterator[_Task]:
         ones, others = _parts(left), left is right or _parts(right)
@@ -381,8 +392,20 @@ class _Task:
         return first.shape[0], first.shape[1], sum(f.part.ids.shape[1] for f in factors if isinstance(f.part, Lookup))
 
     def _cheaper(self) -> str:
-        """Compare operation counts, memory traffic included (spec: P^2 (d_out + d_in) against d_out d_in a pair)."""
-        (r, n, t), (q, m, s) = self._sizes(self.one), self._sizes(self.other)
+        """The form with the smaller count of operations, memory traffic included."""
+        (_, n, _), (_, m, _) = self._sizes(self.one), self._sizes(self.other)
+        pairs, gradients = self._operations(n, m)
+        return "pairs" if pairs <= gradients else "gradients"
+
+    def operations(self, n: int, m: int) -> float:
+        """Operations for n left and m right samples, in the form that this task has."""
+        if self.form == "direct":
+            return n * m * self.one.vector(slice(0, 1)).numel()
+        return self._operations(n, m)[self.form == "gradients"]
+
+    def _operations(self, n: int, m: int) -> tuple[float, float]:
+        """Counts over pairs of positions, and through gradients (P^2 (d_out + d_in) against d_out d_in a pair)."""
+        (r, _, t), (q, _, s) = self._sizes(self.one), self._sizes(self.other)
         if self.one.outers:
             part = self.one.outers[0].part
             assert isinstance(part, Outer)
@@ -394,7 +417,7 @@ class _Task:
             groups, seen = 1, r * q * part.weight.shape[1]
         pairs = n * m * t * s * (seen + groups * r * q * MOVE)
         formed = (n * r * t + m * q * s) * size + (n * r + m * q) * size * MOVE + n * m * r * q * size
-        return "pairs" if pairs <= formed else "gradients"
+        return pairs, formed
 
     def add(self, out: Float[Tensor, "rows_l left rows_r right"]) -> None:
         """Add scale * products to ``out``."""
@@ -447,7 +470,8 @@ class _Task:
                 if left_a is not None and right_a is not None:
                     match = torch.matmul(left_a.reshape(groups, -1, left_a.shape[-1]), right_a)
                 else:
-                    assert left_ids is not None and right[2] is not None
+                    assert left_ids is not None
+                    assert right[2] is not None
                     match = (left_ids.reshape(-1, 1) == right[2].reshape(1, -1)) & (left_ids.reshape(-1, 1) >= 0)
                     match = match.to(out.dtype).unsqueeze(0)
                 if self.scale != 1:
@@ -548,11 +572,12 @@ class _Task:
         if self.bias_scale:
             one, other = self._vectors(biases=True)
             out += self.bias_scale * torch.einsum("qnp,rnp->qrn", one, other)
-        (_, n, t), (_, _, s) = self._sizes(self.one), self._sizes(self.other)
+        t, s = self._sizes(self.one)[2], self._sizes(self.other)[2]
         if self.one.outers and t * s == 1:
             left_a, left_g, _ = self._positions(self.one, slice(None))
             right_a, right_g, _ = self._positions(self.other, slice(None))
-            assert left_a is not None and right_a is not None
+            assert left_a is not None
+            assert right_a is not None
             match = (left_a * right_a).sum(-1)[:, 0]
             out += self.scale * torch.einsum("gqnd,grnd,gn->qrn", left_g[:, 0], right_g[:, 0], match)
             return
@@ -585,7 +610,7 @@ def per_sample_gradients(
 
     cotangents = cotangents.to(weights[0])
     try:
-        with torch.no_grad(), eager(model), warnings.catch_warnings():
+        with torch.no_grad(), transformable(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return torch.func.vmap(one, randomness="error")(x, cotangents)
     except (RuntimeError, NotImplementedError, ValueError):

@@ -108,7 +108,7 @@ class Call:
         if x.dim() > 2 and x.shape[1] == n:
             found.append("second")
         if x.dim() and x.shape[0] != n and x.shape[0] and x.shape[0] % n == 0:
-            found += ["outer", "inner"]
+            found.extend(("outer", "inner"))
         return found
 
 
