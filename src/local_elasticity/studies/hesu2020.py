@@ -66,9 +66,9 @@ class Rate:
     def words(self) -> str:
         """One line for tables."""
         if not self.diverged:
-            return f"lr {self.lr:.3g}, as published (stable below {self.bound:.3g})"
+            return f"lr {self.lr:.3g}, as published for this width (stable below {self.bound:.3g})"
         return (
-            f"published lr {self.published:.3g} diverged (stable below {self.bound:.3g}); "
+            f"lr {self.published:.3g}, as published for this width, diverged (stable below {self.bound:.3g}); "
             f"used {self.lr:.3g}, one over the top eigenvalue"
         )
 
