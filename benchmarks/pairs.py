@@ -234,7 +234,7 @@ def run_peers(python: str | None, name: str, n: int) -> dict[str, float | str]:
                     capture_output=True,
                     text=True,
                     check=False,
-                    timeout=900,
+                    timeout=300,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 found[peer] = f"did not run: {type(error).__name__}"
