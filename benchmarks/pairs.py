@@ -221,7 +221,7 @@ def run_peers(python: str | None, name: str, n: int) -> dict[str, float | str]:
     """What each peer takes for one Gram matrix, in its own Python; weights and samples go by a file."""
     if python is None:
         return {}
-    child = Path(__file__).resolve().parent / "pairs_peers.py"
+    child = Path(__file__).resolve().parent / "peers" / "pairs.py"
     found: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as folder:
         model, x, y = make(name, n)
@@ -234,7 +234,7 @@ def run_peers(python: str | None, name: str, n: int) -> dict[str, float | str]:
                     capture_output=True,
                     text=True,
                     check=False,
-                    timeout=900,
+                    timeout=300,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 found[peer] = f"did not run: {type(error).__name__}"

@@ -211,7 +211,7 @@ NETWORKS = {  # name: (network, inputs, parameters that must fall back)
     "tied-part": (TiedPart, numbers(6), {"layer.weight"}),
     "wrapped": (lambda: nn.Sequential(Wrapped(6, 5), nn.Linear(5, 3)), numbers(6), {"0.weight"}),
     "bilinear": (lambda: Pairwise(), numbers(6), set()),
-    "positions": (Positions, numbers(7, 4), set()),  # as many as the check has samples
+    "positions": (Positions, numbers(5, 4), set()),  # as many as the check has samples
     "images": (ImagesOfASample, numbers(2, 1, 5, 5), set()),
     "frozen": (frozen, numbers(6), set()),
 }

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact import contraction, measure
+from local_elasticity.impact import choice, contraction, measure
 from local_elasticity.impact.contraction import Contraction, contract, per_sample_gradients, unit_cotangents
 from local_elasticity.impact.layers import RULES
 from local_elasticity.networks import MLP
@@ -190,7 +190,16 @@ def test_two_layer_closed_form():
     assert_close(kernel, z.relu() @ z.relu().T + 1 + (x @ x.T + 1) * gates)
 
 
-def test_autos_choice():
+def test_autos_choice(monkeypatch):
+    cost, prepare = [0.0], choice.prepare  # what is predicted, so that no clock decides this test
+
+    def priced(*args, **settings):
+        ready = prepare(*args, **settings)
+        if not isinstance(ready, str):
+            ready.estimated_seconds = cost[0]
+        return ready
+
+    monkeypatch.setattr(choice, "prepare", priced)
     torch.manual_seed(0)
     model = MLP(6, 3, depth=1, width=8).double()
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 3
@@ -213,6 +222,9 @@ def test_autos_choice():
         found = plan(**setting)
         assert found.engine == "replay"
         assert any("engine auto: replay" in note and words in note for note in found.notes), found.notes
+    cost[0] = 1e9
+    model.train(False)
+    assert any("linear would take about 1e+09 s" in note for note in plan().notes)
     tiny = measure(model.float(), F.cross_entropy, (x.float(), y), update=SGD(1e-9)).plan
     assert any("lost in rounding" in note for note in tiny.notes)
 

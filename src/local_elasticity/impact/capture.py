@@ -143,14 +143,14 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _apply(self, made: Rule, result: Tensor, args: Any, kwargs: dict[str, Any], touched: list[int]) -> list[Part]:
-        position, possible = len(self.records), Call.layouts(result, self.n)
+        position = len(self.records)
+        possible: list[Layout] = Call.layouts(result, self.n)
         if self.forced is not None and position < len(self.forced):
             possible = [self.forced[position]] if self.n == 1 or self.forced[position] in possible else []
         if not possible:
             return []
         turn = max(self.reading.get(i, 0) for i in touched)
-        layout: Layout = possible[min(turn, len(possible) - 1)]
-        call = Call(self.n, layout)
+        call = Call(self.n, possible[min(turn, len(possible) - 1)])
         with torch.no_grad():
             bare = {key: self._bare(value) for key, value in kwargs.items()}
             parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]
@@ -206,7 +206,7 @@ class Capture:
     direct: dict[Key, Float[Tensor, "rows samples numbers"]]
     signature: tuple[Any, ...]
     layouts: list[Layout]
-    n_bytes: int = 0
+    n_bytes: tuple[int, int] = (0, 0)  # without rows, and for each row
 
     def combined(self, weights: Float[Tensor, "samples new rows"]) -> Capture:
         """The capture for other cotangents, which are combinations of the rows of this one."""
@@ -275,7 +275,7 @@ def capture(
         made.direct,
         tuple(recorder.signature),
         [record.call.layout for record in records],
-        made.n_bytes,
+        (made.n_bytes, made.row_bytes),
     )
     return result, [None if g is None else g.detach() for g in reference]
 
@@ -290,6 +290,7 @@ class _Factors:
     rows: int
     direct: dict[Key, Tensor] = field(default_factory=dict)
     n_bytes: int = 0
+    row_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.kept: list[Tensor | None] = [None] * len(self.records)
@@ -337,6 +338,7 @@ class _Factors:
                 inputs = part.inputs if isinstance(part, Outer) else part.ids
                 self.n_bytes += 2 * inputs.numel() * inputs.element_size()
         kept = [g for g in self.kept if g is not None]
-        self.n_bytes += sum((g.shape[0] + 2) * g[0].numel() * g.element_size() for g in kept)
-        self.n_bytes += sum(g.numel() * g.element_size() for g in self.direct.values())
+        kept += list(self.direct.values())
+        self.row_bytes = sum(g[0].numel() * g.element_size() for g in kept)
+        self.n_bytes += 2 * self.row_bytes  # what autograd holds meanwhile
         return made

@@ -172,7 +172,6 @@ def _pilot(made: Contracted) -> float:
     same = problem.inputs is problem.targets
     units = unit_cotangents(some, k, problem.before)
     half = max(1, some // 2)
-    contraction.capture(problem.targets[:half], units[:half])
     small, _ = _timed(lambda: contraction.capture(problem.targets[:half], units[:half]))
     large, right = _timed(lambda: contraction.capture(problem.targets[:some], units))
     slope = max(0.0, (large - small) / max(some - half, 1))
@@ -188,7 +187,6 @@ def _pilot(made: Contracted) -> float:
         left = right.combined(made.cotangents[:some].unsqueeze(1))
         few = some
     out = problem.before.new_zeros((1, few, k, some))
-    contraction.add_products(left, right, out)
     product = _timed(lambda: contraction.add_products(left, right, out))[0]
     done = contraction.operations(left, right, few, some)
     seconds += product * contraction.operations(left, right, n, m) / max(done, 1.0)

@@ -24,7 +24,7 @@ from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
 from local_elasticity.impact.state import call_at
 
-PROBE = 7  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
+PROBE = 5  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
 BLOCK_BYTES = 32 * 2**20
 DEFAULT_BYTES = 2**30
 MOVE = 12  # operations of a matrix product that cost as much as moving one number through memory
@@ -74,7 +74,6 @@ class Contraction:
         probe = x[: min(PROBE, len(x))]
         self.n_outputs = self._check_samples(probe)
         self._probe(probe)
-        self.bytes_per_sample = self._bytes_per_sample(probe)
 
     # -- the check --------------------------------------------------------------------------------------------------
 
@@ -123,6 +122,7 @@ class Contraction:
                 do="do not detach inside the model, or use engine='replay'",
             )
         self._signature, self._layouts = taken.signature, taken.layouts
+        self._bytes = (taken.n_bytes[0] / len(x), taken.n_bytes[1] / len(x))
         self.calls = Counter(name for name, _, covered in taken.signature if covered)
         self.reasons = {}
         self.ways = self._judge(taken, reference, weights)
@@ -165,13 +165,9 @@ class Contraction:
                 return "it is used in different shapes"
         return None
 
-    def _bytes_per_sample(self, x: Tensor) -> Callable[[int], float]:
+    def bytes_per_sample(self, rows: int) -> float:
         """Bytes that a capture takes for each sample, by rows of cotangents."""
-        sizes = []
-        for rows in (1, 2):
-            some = torch.zeros(len(x), rows, self.n_outputs, device=x.device)
-            sizes.append(capture(self.model, self.parameters, x, some, layouts=self._layouts)[0].n_bytes / len(x))
-        return lambda rows: sizes[0] + (sizes[1] - sizes[0]) * (rows - 1)
+        return self._bytes[0] + self._bytes[1] * rows
 
     # -- captures ---------------------------------------------------------------------------------------------------
 
