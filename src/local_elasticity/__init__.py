@@ -1,6 +1,6 @@
 """Local elasticity: when one update is taken at x, how much does the prediction at x' move?"""
 
-from local_elasticity import data, networks, similarity
+from local_elasticity import data, flows, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, measure
@@ -28,6 +28,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "data",
     "define",
     "every",
+    "flows",
     "from_optimizer",
     "log_spaced",
     "measure",
