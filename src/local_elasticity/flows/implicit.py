@@ -18,6 +18,7 @@ from local_elasticity.flows.base import Array
 
 SERIES = np.arange(1, 61)  # e^{-60} is below the rounding of 1
 BISECTIONS = 200
+NEGLIGIBLE = 1e-14
 
 
 def magnitude(depth: int, tau: Array, target: Array, start: Array) -> Array:
@@ -28,6 +29,8 @@ def magnitude(depth: int, tau: Array, target: Array, start: Array) -> Array:
     out = start.astype(np.float64).copy()
     moving = (start > 0) & (tau > 0)
     power = start**depth
+    # A target that is nothing beside a^d even at the end acts as 0; its scaled time would underflow.
+    target = np.where(np.abs(target) < NEGLIGIBLE * _to_zero(depth, tau, target, start) ** depth, 0.0, target)
     for here, solve in (
         (moving & (target == 0), _to_zero),
         (moving & (target > 0) & (power < target), _rising),

@@ -21,8 +21,10 @@ class TwoLayerNTK(Flow):
         ReLU:    K(x, x') = s(h).s(h') + x.x' sum_j a_j^2 1[h_j > 0] 1[h'_j > 0]
 
     and with biases in both layers 1 is added to each inner product. S_rel = |K(x, x')| / K(x, x) in the limit of small
-    steps, whatever the loss of the scalar output. The weights along the flow of L = 1/(2n) sum (f(x_i) - y_i)^2 have no
-    closed form: they are integrated to 1e-9 if X and y are given, and stay where they are if not.
+    steps, whatever the loss of the scalar output. The weights of the linear net along the flow of
+    L = 1/(2n) sum (f(x_i) - y_i)^2 have no closed form: they are integrated to 1e-9 if X and y are given, and stay where
+    they are if not. A ReLU net takes no X and y: on finitely many samples its flow can slide along a kink, where an
+    ordinary differential equation has no solution; train it, and measure.
     Source: spec srel 2.7; our derivation.
 
     Args:
@@ -31,7 +33,7 @@ class TwoLayerNTK(Flow):
         bias: (..., m) the hidden biases; None for a net without biases.
         output_bias: (...) c; 0 by default, used with ``bias`` only.
         activation: "relu" or "linear".
-        X: (n, p) training inputs; none for one moment.
+        X: (n, p) training inputs of a linear net; none for one moment.
         y: (n,) their labels.
     """
 
@@ -66,6 +68,12 @@ class TwoLayerNTK(Flow):
         self.start = np.concatenate([w, a, b, np.broadcast_to(c, starts)[..., None]], axis=-1)
         if (X is None) != (y is None):
             raise InputError(expected="X and y, or neither", got="one of them", do="pass both to train the net")
+        if X is not None and activation != "linear":
+            raise InputError(
+                expected="activation 'linear' where X and y are given",
+                got=repr(activation),
+                do="train the ReLU net with torch and use le.measure; its flow has kinks that no integrator passes",
+            )
         self.inputs = None if X is None else checked_array("X", X, self.dim, ndim=2)
         self.labels = None if y is None else checked_array("y", y, ndim=1)
         if self.inputs is not None and self.labels is not None and len(self.inputs) != len(self.labels):
