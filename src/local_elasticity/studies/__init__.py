@@ -1,8 +1,12 @@
 """The studies of the papers: one file each, and one line here."""
 
 from local_elasticity.studies.dan2023_images import CIFAR10
+from local_elasticity.studies.dan2023_ridge import RIDGE
 
-STUDIES = {"dan2023-cifar10": CIFAR10}
+STUDIES = {
+    "dan2023-cifar10": CIFAR10,
+    "dan2023-ridge": RIDGE,
+}
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""
 
 __all__ = ["STUDIES"]
