@@ -171,10 +171,10 @@ def _judge(
         why = "the roughness of the curve" if statistic > critical else "the choice of units"
         kind = "flat" if abs(slopes[0]) < flat else "straight"
         return f"{kind}: slope {words} throughout, no bend that {why} does not explain", False
-    if np.abs(slopes[:-1]).max() <= flat:
-        return f"flat: no slope above {flat:g} (slopes {words})", False
     if abs(slopes[-1]) >= flat:
         return f"it has not settled: slope {slopes[-1]:+.2f} at the end (slopes {words})", False
+    if np.abs(slopes[:-1]).max() <= flat:
+        return f"flat: no slope above {flat:g} (slopes {words})", False
     if agreement < confidence:
         return f"only {agreement:.0%} of the resamples agree on two phases (slopes {words})", False
     return f"slopes {words} of log S_rel against log t", True

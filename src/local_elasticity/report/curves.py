@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its curves, its words, its axes ("linear", "log"), and vertical marks (x, words)."""
+    """One panel: its curves, its words, its axes ("linear", "log"), and vertical marks (x, words), the first solid."""
 
     title: str
     lines: Sequence[Line]
@@ -55,10 +55,18 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
     for axis, panel in zip(axes, content, strict=False):
         for at, line in enumerate(panel.lines):
             _draw(axis, line, at)
-        for x, words in panel.marks:
-            axis.axvline(x, color="0.35", linestyle=":", linewidth=1)
+        for at, (x, words) in enumerate(panel.marks):
+            axis.axvline(x, color="0.35", linestyle="-" if at == 0 else ":", linewidth=1)
+            side, shift = ("left", 2) if at == 0 else ("right", -1)
             axis.annotate(
-                words, (x, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=SMALL - 1, ha="right"
+                words,
+                (x, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(shift, 0),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=SMALL - 1,
+                ha=side,
             )
         axis.set_xscale(panel.x_scale)
         axis.set_yscale(panel.y_scale)

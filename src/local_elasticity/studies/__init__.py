@@ -1,10 +1,14 @@
 """The studies of the papers: one file each, and one line here."""
 
+from local_elasticity.studies.dan2023_flows import FLOWS
 from local_elasticity.studies.dan2023_images import CIFAR10
+from local_elasticity.studies.dan2023_regression import REGRESSION
 from local_elasticity.studies.dan2023_ridge import RIDGE
 
 STUDIES = {
     "dan2023-cifar10": CIFAR10,
+    "dan2023-flows": FLOWS,
+    "dan2023-regression": REGRESSION,
     "dan2023-ridge": RIDGE,
 }
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""
