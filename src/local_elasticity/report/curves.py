@@ -40,7 +40,7 @@ class Panel:
 
 
 def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.9, height: float = 2.3) -> Figure:
-    """Draw panels in rows of ``columns``; each has its legend beneath its title.
+    """Draw panels in rows of ``columns``; a legend that would repeat an earlier one is left out.
 
     Args:
         content: the panels, row after row.
@@ -52,6 +52,7 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
     rows = -(-len(content) // columns)
     figure = _figure(width, height * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    explained: set[tuple[str, ...]] = set()
     for axis, panel in zip(axes, content, strict=False):
         for at, line in enumerate(panel.lines):
             _draw(axis, line, at)
@@ -78,8 +79,10 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
         axis.tick_params(which="both", labelsize=SMALL, length=2.5)
         axis.grid(color="0.9", linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
-        if len(panel.lines) > 1:
+        names = tuple(line.name for line in panel.lines)
+        if len(names) > 1 and names not in explained:
             axis.legend(fontsize=SMALL - 1, frameon=False, handlelength=2.2)
+            explained.add(names)
     for axis in axes[len(content) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=NORMAL)

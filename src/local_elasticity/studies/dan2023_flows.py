@@ -211,14 +211,19 @@ def problems(n: int = 20, seed: int = 0) -> dict[str, Problem]:
     return found
 
 
-def trained(problem: Problem, lr: float, t: float, engine: Any, n: int = 6, probe_lr: float = 1e-6) -> np.ndarray:
-    """S_rel (n, n) of the twin after t / lr full-gradient steps of size lr, measured by an engine."""
+def trained(problem: Problem, lr: float, t: float) -> nn.Module:
+    """The twin after t / lr full-gradient steps of size lr."""
     model = problem.model()
     opt = torch.optim.SGD(model.parameters(), lr=lr)
     for _ in range(round(t / lr)):
         opt.zero_grad()
         problem.objective(model).backward()
         opt.step()
+    return model
+
+
+def measured(problem: Problem, model: nn.Module, engine: Any, n: int = 6, probe_lr: float = 1e-6) -> np.ndarray:
+    """S_rel (n, n) of the first sources and targets on a trained twin, by an engine of ``measure``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoiseWarning)
         impact = measure(
@@ -301,11 +306,9 @@ class FlowStudy:
 
     def _compute(self, problem: Problem, times: np.ndarray, steps: tuple[float, ...]) -> Arrays:
         formula = exact(problem, self.twin_time, 6)
+        twins = [trained(problem, h, self.twin_time) for h in steps]
         errors = np.array(
-            [
-                [_distance(trained(problem, h, self.twin_time, engine), formula) for h in steps]
-                for engine in ("replay", "linear")
-            ]
+            [[_distance(measured(problem, m, engine), formula) for m in twins] for engine in ("replay", "linear")]
         )
         with np.errstate(divide="ignore", invalid="ignore"):
             orders = np.log2(errors[:, :-1] / errors[:, 1:])

@@ -251,7 +251,7 @@ class RegressionStudy:
             "versions": versions(),
         }
         for setting in size.settings:
-            dataset(setting.data, 1, self.seed)  # what is missing is said before the work
+            dataset(setting.data, 10, self.seed)  # what is missing is said before the work
         prepare_folder(out, settings, overwrite)
         print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}", flush=True)
         found, started = {}, time.perf_counter()
