@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,18 @@ class QuadraticFlow:
         h = checked_array("matrix", matrix, ndim=2)
         self.eigenvalues, self.basis = checked_eigh(h)
         b = checked_array("vector", vector, len(h))
-        w0 = checked_array("w0", start, len(h))
-        self.limit = (b @ self.basis / self.eigenvalues) @ self.basis.T
-        self.transient = (w0 - self.limit) @ self.basis  # (..., p) in the eigenbasis
-        self.limit = np.broadcast_to(self.limit, self.transient.shape)
+        self._start_from((b @ self.basis / self.eigenvalues) @ self.basis.T, start)
+
+    def restarted(self, start: Any) -> QuadraticFlow:
+        """The same flow from another w0, without decomposing H again."""
+        other = copy.copy(self)
+        other._start_from(self._fixed, start)
+        return other
+
+    def _start_from(self, fixed: Array, start: Any) -> None:
+        self._fixed = fixed  # H^{-1} b, with the dimensions of b
+        self.transient = (checked_array("w0", start, len(self.basis)) - fixed) @ self.basis  # in the eigenbasis
+        self.limit = np.broadcast_to(fixed, self.transient.shape)
 
     def decay(self, t: Any) -> Float[np.ndarray, "T p"]:
         """The factors e^{-eigenvalue t}."""

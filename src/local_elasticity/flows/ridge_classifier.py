@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -64,18 +65,29 @@ class RidgeClassifierFlow(Flow):
         self.penalty, self.theta, self.published = checked_penalty(penalty), float(theta), bool(published)
         self.rho = self.n_samples * self.penalty / self.n_classes
         shape = (self.n_classes, self.dim)
-        self.start = checked_array("w0", np.zeros(shape) if w0 is None else w0, self.dim)
-        if self.start.ndim < 2 or self.start.shape[-2:] != shape:
-            raise InputError(
-                expected=f"w0 of shape (..., {shape[0]}, {shape[1]})",
-                got=f"shape {self.start.shape}",
-                do="one row of weights a class, last",
-            )
+        self.start = self._checked_start(np.zeros(shape) if w0 is None else w0)
         one_hot = np.eye(self.n_classes)[self.labels]
         self.second_moment = self.features.T @ self.features / self.n_samples
         self.class_sums = one_hot.T @ self.features / self.n_samples  # a_c, (K, p)
         matrix = self.theta**2 * (self.second_moment + self.rho * np.eye(self.dim))
         self.quadratic = QuadraticFlow(matrix, self.theta**2 * self.class_sums, self.start)
+
+    def restarted(self, w0: Any) -> RidgeClassifierFlow:
+        """The same flow from other initial weights (..., K, p), without decomposing M again."""
+        other = copy.copy(self)
+        other.start = self._checked_start(w0)
+        other.quadratic = self.quadratic.restarted(other.start)
+        return other
+
+    def _checked_start(self, w0: Any) -> Array:
+        shape, start = (self.n_classes, self.dim), checked_array("w0", w0, self.dim)
+        if start.ndim < 2 or start.shape[-2:] != shape:
+            raise InputError(
+                expected=f"w0 of shape (..., {shape[0]}, {shape[1]})",
+                got=f"shape {start.shape}",
+                do="one row of weights a class, last",
+            )
+        return start
 
     @property
     def _starts(self) -> tuple[int, ...]:

@@ -106,9 +106,9 @@ class RidgeStudy:
         features = np.maximum(np.concatenate([near, far]) @ mixing.T, 0.0)
         return features, stream.standard_normal((self.pairs, self.starts, 2, p))
 
-    def _flow(self, features: np.ndarray, start: np.ndarray, published: bool) -> RidgeClassifierFlow:
+    def _flow(self, features: np.ndarray, published: bool) -> RidgeClassifierFlow:
         labels = np.arange(2).repeat(self.per_class)
-        return RidgeClassifierFlow(features, labels, self.penalty, self.theta, start, published=published)
+        return RidgeClassifierFlow(features, labels, self.penalty, self.theta, published=published)
 
     def _compute(self, features: np.ndarray, starts: np.ndarray, every: int) -> Arrays:
         times = np.arange(0, self.last + 1, every, dtype=float)
@@ -120,13 +120,13 @@ class RidgeStudy:
         x, x_prime = features[far], features[near]
         for name, published in (("published", True), ("defined", False)):
             # one flow a pair, because every pair has starts of its own
-            one = [self._flow(features, start, published) for start in starts]
+            flow = self._flow(features, published)
+            one = [flow.restarted(start) for start in starts]
             arrays[name] = np.stack(
                 [f.s_rel(times, a, b, 1) for f, a, b in zip(one, x, x_prime, strict=True)], axis=-1
             )  # (T, starts, pairs)
             arrays[f"self_{name}"] = np.stack([f.s_rel(0.0, a, a, 1) for f, a in zip(one, x, strict=True)], -1)
-            arrays[f"loss_{name}"] = self._flow(features, starts, published).loss(arrays["loss_times"])
-        one = [self._flow(features, start, False) for start in starts]
+            arrays[f"loss_{name}"] = flow.restarted(starts).loss(arrays["loss_times"])
         arrays["within far"] = np.stack(
             [f.s_rel(times, a, b, 1) for f, a, b in zip(one, x, features[other_far], strict=True)], -1
         )
@@ -139,9 +139,9 @@ class RidgeStudy:
         times = np.array([t for t in PUBLISHED_TIMES if t <= self.last], dtype=float)
         near = np.array([rng.choice(self.per_class, self.pairs, replace=False) for _ in range(self.draws)])
         far = np.array([rng.choice(self.per_class, self.pairs, replace=False) for _ in range(self.draws)])
+        flow = self._flow(features, True)
         for i, start in enumerate(starts):
-            flow = self._flow(features, start, True)
-            s = flow.s_rel(times, features[self.per_class + far[:, i]], features[near[:, i]], 1)
+            s = flow.restarted(start).s_rel(times, features[self.per_class + far[:, i]], features[near[:, i]], 1)
             out[:, : len(times)] += s.mean(1).T / self.pairs / DIVIDED_BY
         return out
 

@@ -1,0 +1,138 @@
+"""The studies of the theory, at a size for tests."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import local_elasticity as le
+from local_elasticity.data.regression import regression
+from local_elasticity.studies import STUDIES
+from local_elasticity.studies.dan2023_flows import FLOWS
+from local_elasticity.studies.dan2023_regression import (
+    BASE,
+    REGRESSION,
+    SCALES,
+    LockStep,
+    Scale,
+    Setting,
+    dataset,
+    look_times,
+    squared,
+)
+from local_elasticity.studies.dan2023_ridge import RIDGE
+
+
+def verdicts(folder):
+    return {c["name"]: c["verdict"] for c in json.loads((folder / "claims.json").read_text())["claims"]}
+
+
+def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_path, capsys):
+    study = replace(RIDGE, draws=50)
+    assert study.run("small", tmp_path) == 1  # as defined there are no two phases: the paper's claim fails
+    found = verdicts(tmp_path)
+    for p in (10, 100):
+        assert found[f"p={p}, as published: the stored losses (needs the broadcast)"] == "holds"
+        assert found[f"p={p}, as published: the drawn curve"] == "holds"
+        assert found[f"p={p}, as published: S_rel rises by 2 decades or more"] == "holds"
+        assert found[f"p={p}, as defined: elastic, then inelastic phase (the paper's claim)"] == "fails"
+        assert found[f"p={p}, as defined: S_rel is flat (derived)"] == "holds"
+        assert found[f"p={p}: S_rel(h, h) = 1"] == "holds"
+    assert found["p=10, as published: mean loss path"] == "holds"
+    assert (tmp_path / "figures" / "ridge.png").stat().st_size > 10_000
+    assert "1/N" in capsys.readouterr().out
+
+    written = (tmp_path / "p10.npz").stat().st_mtime_ns
+    (tmp_path / "p100.npz").write_bytes(b"cut off")  # killed while writing: made again, p10 is kept
+    before = (tmp_path / "claims.json").read_text()
+    study.run("small", tmp_path)
+    assert (tmp_path / "p10.npz").stat().st_mtime_ns == written
+    assert (tmp_path / "claims.json").read_text() == before
+    with pytest.raises(le.InputError, match="draws"):
+        replace(study, draws=51).run("small", tmp_path)
+
+
+def test_without_the_published_seed_the_losses_are_not_reproduced(tmp_path):
+    replace(RIDGE, seed=6, features=(10,), draws=5).run("small", tmp_path)
+    assert verdicts(tmp_path)["p=10, as published: the stored losses (needs the broadcast)"] == "fails"
+
+
+def test_flows_hold_at_a_small_size(tmp_path):
+    assert FLOWS.run_at(12, np.geomspace(0.05, 200, 30), (0.04, 0.02), "test", tmp_path) == 0
+    assert set(verdicts(tmp_path).values()) == {"holds"}
+    assert (tmp_path / "figures" / "flows.png").exists()
+
+
+TINY = Scale((BASE, Setting(data="linear")), seeds=5, updates=60, looks=9, sources=5, targets=12, samples=40)
+
+
+def test_regression_runs_resumes_and_repeats(tmp_path, capsys):
+    status = REGRESSION.run_at(TINY, "test", tmp_path / "a")
+    found = verdicts(tmp_path / "a")
+    assert status == int("fails" in found.values())
+    assert set(found.values()) <= {"holds", "fails"}
+    assert len(found) == 2 * 2 + 1
+    assert "data d" in capsys.readouterr().out  # decides, or does not decide
+    assert (tmp_path / "a" / "figures" / "regression.png").exists()
+    kept = dict(np.load(tmp_path / "a" / f"{BASE.name}.npz"))
+    assert kept["near"].shape == (len(look_times(60, 9)), 5, 5, 3)
+    (tmp_path / "a" / f"{BASE.name}.npz").unlink()
+    REGRESSION.run_at(TINY, "test", tmp_path / "a")
+    again = dict(np.load(tmp_path / "a" / f"{BASE.name}.npz"))
+    for name, values in kept.items():
+        np.testing.assert_array_equal(again[name], values, err_msg=name)
+    assert np.median(kept["near"]) > np.median(kept["far"])
+
+
+def test_lock_step_equals_training_one_by_one():
+    x, y, _ = dataset("sine-10", 30)
+    together = LockStep(BASE, x, y, 3, 4)
+    for _ in range(20):
+        together.update()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = le.networks.MLP(10, 1, depth=2, width=50).double()
+        stream = torch.Generator().manual_seed(1000 + seed)
+        opt = torch.optim.SGD(model.parameters(), lr=BASE.lr)
+        for _ in range(20):
+            rows = torch.randint(30, (4,), generator=stream)
+            opt.zero_grad()
+            squared(model(x[rows]), y[rows]).backward()
+            opt.step()
+        for name, w in together.replica(seed).named_parameters():
+            torch.testing.assert_close(w, dict(model.named_parameters())[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), [("diabetes", 442, 10), ("fair", 6366, 8)])
+def test_regression_sets_are_standardised(name, rows, columns):
+    package = {"diabetes": "sklearn", "fair": "statsmodels"}[name]
+    pytest.importorskip(package, reason=f"{name} is inside {package}, which is not installed")
+    x, y, origin = regression(name)
+    assert x.shape == (rows, columns)
+    assert str(rows) in origin
+    torch.testing.assert_close(x.mean(0), torch.zeros(columns).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(y.std(correction=0), torch.tensor(1.0).double())
+
+
+def test_what_is_missing_or_unknown_is_named(tmp_path, monkeypatch):
+    import sys
+
+    with pytest.raises(le.InputError, match="did you mean 'diabetes'"):
+        regression("diabetis")
+    with pytest.raises(le.InputError, match="one of"):
+        dataset("cosine", 10)
+    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    scale = replace(TINY, settings=(BASE, Setting(data="fair")))
+    with pytest.raises(le.InputError, match=r"local-elasticity\[regression\]"):
+        REGRESSION.run_at(scale, "test", tmp_path / "b")
+    assert not (tmp_path / "b").exists()  # said before the work
+
+
+def test_the_studies_are_listed_with_their_cost():
+    for name in ("dan2023-ridge", "dan2023-flows", "dan2023-regression"):
+        assert set(STUDIES[name].cost) >= {"small", "paper"}
+    assert len({s.data for s in SCALES["paper"].settings}) == 7
+    assert SCALES["paper"].seeds == 20
