@@ -132,7 +132,8 @@ def main(quick: bool = False, out: Path | None = None) -> int:
     at = some.astype(int)
     mirrored = np.array([s[int(t), pair, start] for pair, start, t in cells])
     gap = max(
-        float(np.max(np.abs(np.asarray(looked) / mirrored - 1))), float(np.max(np.abs(np.asarray(together) / s[at] - 1)))
+        float(np.max(np.abs(np.asarray(looked) / mirrored - 1))),
+        float(np.max(np.abs(np.asarray(together) / s[at] - 1))),
     )
     rows = [
         ("notebook's loop, one expm a weight vector", f"{loop:.0f}", f"{loop / mine:.0f}", "", ""),

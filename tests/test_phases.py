@@ -135,7 +135,9 @@ def test_a_band_over_seeds(monkeypatch):
     import xarray as xr
 
     rng = np.random.default_rng(0)
-    s = np.exp(hinge(150.0)[:, None, None, None] + rng.normal(0, 0.1, (25, 8, 1, 1)) + rng.normal(0, 0.02, (25, 8, 6, 5)))
+    s = np.exp(
+        hinge(150.0)[:, None, None, None] + rng.normal(0, 0.1, (25, 8, 1, 1)) + rng.normal(0, 0.02, (25, 8, 6, 5))
+    )
     data = xr.DataArray(s, dims=("step", "replica", "source", "target"), coords={"step": T})
     run = le.Run(xr.Dataset({"pairs": data, "x": ("replica", np.arange(8))}))
     monkeypatch.setattr(le.Run, "s_rel", lambda self, *_: data)

@@ -218,8 +218,8 @@ def _bins(u: Curve) -> tuple[Curve, list[np.ndarray]]:
     where = np.clip(np.searchsorted(edges, u, side="right") - 1, 0, POINTS - 1)
     bins = [np.flatnonzero(where == i) for i in range(POINTS)]
     bins = [b for b in bins if len(b)]
-    # 8,001 times need not all be looked at: at most 15 in each place
-    bins = [b[np.linspace(0, len(b) - 1, min(len(b), 15)).astype(int)] for b in bins]
+    # 8,001 times need not all be looked at: at most 5 in each place
+    bins = [b[np.linspace(0, len(b) - 1, min(len(b), 5)).astype(int)] for b in bins]
     return np.array([u[b].mean() for b in bins]), bins
 
 
@@ -307,9 +307,7 @@ def _broken_line(
     return found
 
 
-def _with_knots(
-    u: Curve, curves: Curves, grid: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _with_knots(u: Curve, curves: Curves, grid: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The least-squares broken lines with k knots: every choice of knots is projected on, the best is kept."""
     choices = np.array(list(combinations(grid, k)))
     choices = choices[_apart(u, choices)]
@@ -345,7 +343,6 @@ def _apart(u: Curve, knots: np.ndarray) -> np.ndarray:
     below = (u <= knots[..., None]).sum(-1)  # looks up to each knot
     ends = np.concatenate([np.zeros_like(below[..., :1]), below, np.full_like(below[..., :1], len(u))], -1)
     return (np.diff(ends, axis=-1) >= 2).all(-1)
-
 
 
 def phases_of(run: Any, definition: str, update: str | None, over: str | None, time: str, options: Any) -> Phases:

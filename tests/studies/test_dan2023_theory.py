@@ -31,7 +31,7 @@ def verdicts(folder):
 
 def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_path, capsys):
     study = replace(RIDGE, draws=50)
-    assert study.run("small", tmp_path) == 1  # as defined there are no two phases: the paper's claim fails
+    assert study.run_at(100, "test", tmp_path) == 1  # as defined there are no two phases: the paper's claim fails
     found = verdicts(tmp_path)
     for p in (10, 100):
         assert found[f"p={p}, as published: the stored losses (needs the broadcast)"] == "holds"
@@ -47,20 +47,20 @@ def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_p
     written = (tmp_path / "p10.npz").stat().st_mtime_ns
     (tmp_path / "p100.npz").write_bytes(b"cut off")  # killed while writing: made again, p10 is kept
     before = (tmp_path / "claims.json").read_text()
-    study.run("small", tmp_path)
+    study.run_at(100, "test", tmp_path)
     assert (tmp_path / "p10.npz").stat().st_mtime_ns == written
     assert (tmp_path / "claims.json").read_text() == before
     with pytest.raises(le.InputError, match="draws"):
-        replace(study, draws=51).run("small", tmp_path)
+        replace(study, draws=51).run_at(100, "test", tmp_path)
 
 
 def test_without_the_published_seed_the_losses_are_not_reproduced(tmp_path):
-    replace(RIDGE, seed=6, features=(10,), draws=5).run("small", tmp_path)
+    replace(RIDGE, seed=6, features=(10,), draws=5).run_at(400, "test", tmp_path)
     assert verdicts(tmp_path)["p=10, as published: the stored losses (needs the broadcast)"] == "fails"
 
 
 def test_flows_hold_at_a_small_size(tmp_path):
-    assert FLOWS.run_at(12, np.geomspace(0.05, 200, 30), (0.04, 0.02), "test", tmp_path) == 0
+    assert FLOWS.run_at(12, np.geomspace(0.05, 100, 20), (0.04, 0.02), "test", tmp_path) == 0
     assert set(verdicts(tmp_path).values()) == {"holds"}
     assert (tmp_path / "figures" / "flows.png").exists()
 

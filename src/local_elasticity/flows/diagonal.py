@@ -80,9 +80,7 @@ class DiagonalFlow(Flow):
         # v = u / (1 + (u/v0 - 1) e^{-4 s^2 u t}) is u/2 where the exponential is 1 / (u/v0 - 1); 1 is small beside u/v0
         return np.log(ratio) / (4 * self.scale**2 * np.where(grows, self.target, 1.0))
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """Kernel values with w scaled to largest size 1, or the finite step's changes of f."""
         w = self.weights(t).reshape(len(t), -1, self.dim)
         if lr is not None:

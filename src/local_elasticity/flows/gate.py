@@ -45,9 +45,7 @@ class ReLUGateFlow(Flow):
         self.start = checked_array("w0", w0, self.dim)
         for name, w in (("w_star", self.target), ("w0", self.start)):
             if (np.linalg.norm(w, axis=-1) == 0).any():
-                raise InputError(
-                    expected=f"{name} other than 0", got="a zero vector", do="a gate at 0 has no gradient"
-                )
+                raise InputError(expected=f"{name} other than 0", got="a zero vector", do="a gate at 0 has no gradient")
 
     def weights(self, t: Any) -> Array:
         """w at times t: (T, ..., p)."""
@@ -80,9 +78,7 @@ class ReLUGateFlow(Flow):
             raise InputError(expected="angles in 0..pi", got=f"{a.min():g} to {a.max():g}", do="use radians")
         return np.abs(np.cos(a)) * (1 - a / np.pi)
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """Gated inner products, or the finite step's changes of f."""
         w = self.weights(t).reshape(len(t), -1, self.dim)
         at_x, at_target = w @ x.T, w @ x_prime.T

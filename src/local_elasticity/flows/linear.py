@@ -56,9 +56,7 @@ class RidgeFlow(Flow):
         residuals = w @ self.inputs.T - self.labels
         return self._timed(t, 0.5 * (residuals**2).mean(-1) + 0.5 * self.penalty * (w**2).sum(-1))
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """r x.x' + penalty w.x' and r |x|^2 + penalty w.x."""
         label = needed(label, "y of each x")
         at_x, at_target = (self._starts_in_a_row(self.quadratic.project(t, v)) for v in (x, x_prime))
@@ -89,9 +87,7 @@ class LinearRegressionFlow(RidgeFlow):
     def __init__(self, X: Any, y: Any, w0: Any) -> None:
         super().__init__(X, y, 0.0, w0)
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """x.x' and |x|^2; the residual cancels."""
         shape = (len(t), int(np.prod(self._starts)), len(x))
         target, source = (np.broadcast_to(v.sum(-1), shape) for v in (x * x_prime, x * x))

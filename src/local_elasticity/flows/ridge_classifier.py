@@ -112,9 +112,7 @@ class RidgeClassifierFlow(Flow):
         pulled = (w * self.class_sums).sum((-2, -1))
         return self._timed(t, 0.5 * (1 - 2 * pulled + own) + 0.5 * self.rho * square)
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """Norms over the outputs of (W h - e_k) h.h' + rho W h' and (W h - e_k) |h|^2 + rho W h."""
         classes = needed(label, "the class of each x")
         if (classes != np.round(classes)).any() or classes.min() < 0 or classes.max() >= self.n_classes:

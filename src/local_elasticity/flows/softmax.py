@@ -45,9 +45,7 @@ class SoftmaxLayerFlow(Flow):
         self.n_classes, self.dim = self.start.shape[-2:]
         self.definition = get_definition(definition)
         if (features is None) != (labels is None):
-            raise InputError(
-                expected="features and labels, or neither", got="one of them", do="pass both to train V"
-            )
+            raise InputError(expected="features and labels, or neither", got="one of them", do="pass both to train V")
         self.features = None if features is None else checked_array("features", features, self.dim, ndim=2)
         self.one_hot = None if self.features is None else self._one_hot(checked_array("labels", labels, ndim=1))
         if self.features is not None and self.one_hot is not None and len(self.one_hot) != len(self.features):
@@ -93,9 +91,7 @@ class SoftmaxLayerFlow(Flow):
             )
         return -(_log_softmax(self.weights(t) @ self.features.T) * self.one_hot.T).sum(-2).mean(-1)
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """Small-step forms of the definition, or its own two movements for the finite step."""
         one_hot = self._one_hot(needed(label, "the class of each x"))
         v = self.weights(t).reshape(len(t), -1, self.n_classes, self.dim)

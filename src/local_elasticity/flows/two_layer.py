@@ -120,9 +120,7 @@ class TwoLayerNTK(Flow):
         values = self._kernel(self.weights(times), *(v.reshape(-1, self.dim) for v in (x, x_prime)))
         return self._timed(t, values.reshape(len(times), *self._starts, *x.shape[:-1]))
 
-    def movements(
-        self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None
-    ) -> Movements:
+    def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
         """K(x, x') and K(x, x)."""
         if lr is not None:
             raise InputError(

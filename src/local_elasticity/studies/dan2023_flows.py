@@ -339,7 +339,7 @@ class FlowStudy:
         drift = float(np.nanmax(np.abs(linear / linear[0] - 1)))
         gate = found["ReLU gate, population"]["s"]
         alone = _inner_ratio(problems(gate.shape[1], self.seed)["ReLU gate, population"])
-        stray = np.nanmin(np.stack([np.abs(gate), np.abs(gate - alone)]), axis=0)
+        stray = np.minimum(np.abs(gate), np.abs(gate - alone))
         mean, error, expected = _isotropic(self.seed)
         curved = {k: a for k, a in found.items() if a["errors"][1].max() > 1e-9}  # the others agree at any step
         orders = np.concatenate([a["orders"].ravel() for a in curved.values()])
@@ -418,7 +418,9 @@ class FlowStudy:
             limits = (0.0, 1.0) if gated else (float(np.nanmin(q[0])) / 2, float(np.nanmax(q[2])) * 2)
             title, scale = (f"{name} (mean)", "linear") if gated else (name, "log")
             content.append(Panel(title, [line], x_label="t", marks=marks, y_limits=limits, y_scale=scale))
-        return panels(content, 3, "S_rel along solvable gradient flows: median over pairs, band between quartiles", height=1.9)
+        return panels(
+            content, 3, "S_rel along solvable gradient flows: median over pairs, band between quartiles", height=1.9
+        )
 
 
 def _phases(a: Arrays) -> Phases | None:

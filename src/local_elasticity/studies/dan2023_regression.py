@@ -223,7 +223,9 @@ class RegressionStudy:
     """
 
     title: str = "dan2023-regression: S_rel of regression networks through training, near and far pairs"
-    cost: dict[str, str] = field(default_factory=lambda: {"small": "1 min on 1 core", "paper": "2 to 3 hours on 2 cores"})
+    cost: dict[str, str] = field(
+        default_factory=lambda: {"small": "1 min on 1 core", "paper": "2 to 3 hours on 2 cores"}
+    )
     seed: int = 0
 
     def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
@@ -295,7 +297,9 @@ class RegressionStudy:
         curve = np.nanmedian(a[kind], (1, 2, 3))
         seen = f"median {curve[0]:.3g} to {curve[-1]:.3g}; "
         if phases is None:
-            return Claim(f"{setting.name}, {kind}: elastic, then inelastic", "two phases", seen + "undefined", "", "fails")
+            return Claim(
+                f"{setting.name}, {kind}: elastic, then inelastic", "two phases", seen + "undefined", "", "fails"
+            )
         low, high = phases.interval
         found = phases.verdict == "two phases"
         last = phases.final_slope_interval
