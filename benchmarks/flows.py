@@ -1,4 +1,4 @@
-"""Time the ridge study's published S_rel beside ours: one matrix exponential for every pair, start and time, or one eigh.
+"""Time the ridge study's published S_rel beside ours: a matrix exponential for each cell, or one eigh.
 
 20 pairs x 10 starts x 8,001 times, p = 100, two classes of 1,000 samples (spec srel 3.2). The notebook's loop calls
 ``expm`` for both weight vectors at every (pair, start, time); it is timed on a few times and scaled. In between: one
@@ -35,7 +35,7 @@ class Problem:
     """Features, pairs and starts of the study, and what the loops precompute."""
 
     def __init__(self) -> None:
-        self.features, self.starts = RIDGE._draw(P, np.random.RandomState(RIDGE.seed))  # noqa: NPY002
+        self.features, self.starts = RIDGE._draw(P, np.random.RandomState(RIDGE.seed))
         n_k, self.n = RIDGE.per_class, len(self.features)
         rng = np.random.default_rng(0)
         self.x = self.features[n_k + rng.choice(n_k, RIDGE.pairs, replace=False)]
@@ -143,8 +143,8 @@ def main(quick: bool = False, out: Path | None = None) -> int:
         ("largest relative difference", "", f"{gap:.1e}", f"<= {MOST_DIFFERENCE:g}", _verdict(gap <= MOST_DIFFERENCE)),
     ]
     note = (
-        f"{RIDGE.pairs} pairs x {RIDGE.starts} starts x {len(times)} times, p = {P}. The loop was timed on {len(cells)} of "
-        f"{total} cells and scaled, the shared exponentials on {len(some)} times; ours in full, best of {len(runs)}."
+        f"{RIDGE.pairs} pairs x {RIDGE.starts} starts x {len(times)} times, p = {P}. The loop was timed on "
+        f"{len(cells)} of {total} cells and scaled, the shared exponentials on {len(some)} times; ours in full, best of {len(runs)}."
     )
     table = Table(*HEADINGS, box=box.SIMPLE_HEAD)
     for row in rows:

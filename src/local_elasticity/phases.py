@@ -338,11 +338,11 @@ def _refined(u: Curve, curves: Curves, knots: np.ndarray, spacing: float) -> np.
     return knots
 
 
-def _apart(u: Curve, knots: np.ndarray) -> np.ndarray:
+def _apart(u: Curve, knots: np.ndarray) -> Any:
     """Whether every segment of knots (..., k) keeps two looks of its own."""
     below = (u <= knots[..., None]).sum(-1)  # looks up to each knot
     ends = np.concatenate([np.zeros_like(below[..., :1]), below, np.full_like(below[..., :1], len(u))], -1)
-    return (np.diff(ends, axis=-1) >= 2).all(-1)
+    return np.all(np.diff(ends, axis=-1) >= 2, axis=-1)
 
 
 def phases_of(run: Any, definition: str, update: str | None, over: str | None, time: str, options: Any) -> Phases:

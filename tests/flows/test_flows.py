@@ -120,7 +120,7 @@ def test_finite_steps_equal_the_formula_where_the_prediction_is_linear():
                 x, y = c.x[j], c.label[j]
                 found = step_change(
                     lambda v, z: np.atleast_1d(v @ z),
-                    lambda v, x=x, y=y: (v @ x - y) * x + penalty * v,
+                    lambda v, x=x, y=y, penalty=penalty: (v @ x - y) * x + penalty * v,
                     w[i],
                     x,
                     c.x_prime[j],
@@ -168,10 +168,10 @@ def test_finite_steps_are_exact_and_tend_to_the_limit_at_order_one(name):
     c = case(name)
     label = np.full(len(c.x), 0.7)
     w = c.flow.weights(0.4)
-    if name.startswith("gate"):
-        f = lambda v, z: np.maximum(v @ z, 0)  # noqa: E731
-    else:
-        f = lambda v, z: (v**c.flow.depth) @ z  # noqa: E731
+
+    def f(v, z):
+        return np.maximum(v @ z, 0) if name.startswith("gate") else (v**c.flow.depth) @ z
+
     lr = 0.05
     s = c.flow.s_rel(0.4, c.x, c.x_prime, label, lr=lr)
     for i, j in np.ndindex(s.shape):

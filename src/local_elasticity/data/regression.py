@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def _diabetes() -> tuple[np.ndarray, np.ndarray, str]:
         from sklearn.datasets import load_diabetes
     except ImportError:
         raise missing_extra("scikit-learn", "data", "carries the diabetes data") from None
-    bunch = load_diabetes()
+    bunch: Any = load_diabetes()
     return np.asarray(bunch.data), np.asarray(bunch.target), f"scikit-learn's diabetes, {len(bunch.data)} rows"
 
 
@@ -51,7 +51,7 @@ def _fair() -> tuple[np.ndarray, np.ndarray, str]:
         from statsmodels.datasets import fair
     except ImportError:
         raise missing_extra("statsmodels", "regression", "carries Fair's survey") from None
-    frame = fair.load_pandas().data
+    frame: Any = fair.load_pandas().data
     labels = frame["yrs_married"].to_numpy(dtype=np.float64)
     inputs = frame.drop(columns="yrs_married").to_numpy(dtype=np.float64)
     return inputs, labels, f"statsmodels' fair, {len(frame)} rows"

@@ -15,7 +15,7 @@ from local_elasticity.errors import InputError
 
 Array = Float[np.ndarray, "..."]
 
-TOLERANCE = {"rtol": 1e-11, "atol": 1e-13}  # of the integrators, which must hold 1e-9
+RTOL, ATOL = 1e-11, 1e-13  # of the integrators, which must hold 1e-9
 
 
 class UndefinedWarning(UserWarning):
@@ -213,7 +213,7 @@ def integrate(
     later = t > 0
     if later.any():
         found = solve_ivp(
-            lambda _, w: rate(w), (0.0, t[-1]), start.reshape(-1), method="LSODA", t_eval=t[later], **TOLERANCE
+            lambda _, w: rate(w), (0.0, t[-1]), start.reshape(-1), method="LSODA", t_eval=t[later], rtol=RTOL, atol=ATOL
         )
         if not found.success:
             raise InputError(

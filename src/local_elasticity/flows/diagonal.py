@@ -1,4 +1,4 @@
-"""Diagonal d-homogeneous predictor f(x) = <w^d, x>: closed for d = 1, 2, the implicit formula for d >= 3 (spec srel 2.4)."""
+"""Diagonal d-homogeneous predictor f(x) = <w^d, x>: closed for d = 1, 2, implicit for d >= 3 (spec srel 2.4)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class DiagonalFlow(Flow):
 
     so S_rel depends on w/|w| only and is constant for d = 1. With w0 = alpha for all j, coordinate j of d = 2 grows at
     about ``transition_times``: elastic before, inelastic after the last of them. With ``lr`` the update is the finite
-    step on 1/2 (f(x) - label)^2. Hypothesis: diagonal second moment, noise-free targets. Source: spec srel 2.4, standing
-    in for the paper's Thms 5.1-5.3; our derivation.
+    step on 1/2 (f(x) - label)^2. Hypothesis: diagonal second moment, noise-free targets. Source: spec srel 2.4, which
+    stands in for the paper's Thms 5.1-5.3; our derivation.
 
     Args:
         depth: d, a whole number of at least 1.
@@ -35,7 +35,7 @@ class DiagonalFlow(Flow):
     """
 
     def __init__(self, depth: int, scale: Any, target: Any, w0: Any) -> None:
-        if isinstance(depth, bool) or not np.isscalar(depth) or depth != int(depth) or depth < 1:
+        if isinstance(depth, bool) or not isinstance(depth, int | float | np.number) or depth < 1 or depth % 1:
             raise InputError(expected="a whole depth d >= 1", got=repr(depth), do="use 1 for a linear predictor")
         self.depth = int(depth)
         self.scale = checked_array("scale", scale, ndim=1)
@@ -48,7 +48,7 @@ class DiagonalFlow(Flow):
         self.start = checked_array("w0", w0, self.dim)
 
     def weights(self, t: Any) -> Array:
-        """w at times t: (T, ..., p)."""
+        """W at times t: (T, ..., p)."""
         times = np.expand_dims(checked_times(t), tuple(range(1, self.start.ndim + 1)))
         if self.depth == 1:
             decay = np.exp(-(self.scale**2) * times)

@@ -48,7 +48,7 @@ class ReLUGateFlow(Flow):
                 raise InputError(expected=f"{name} other than 0", got="a zero vector", do="a gate at 0 has no gradient")
 
     def weights(self, t: Any) -> Array:
-        """w at times t: (T, ..., p)."""
+        """W at times t: (T, ..., p)."""
         times = checked_times(t)
         if self.kind == "glmtron":
             decay = np.expand_dims(np.exp(-times / 2), tuple(range(1, self.start.ndim + 1)))
@@ -59,7 +59,7 @@ class ReLUGateFlow(Flow):
         rest = self.start - first[..., None] * along
         second = np.linalg.norm(rest, axis=-1)
         across = rest / np.where(second > 0, second, 1.0)[..., None]
-        plane = integrate(lambda w: _population_rate(w, size), np.stack([first, second]), times)
+        plane = integrate(lambda w: _population_rate(w, float(size)), np.stack([first, second]), times)
         return self._timed(t, plane[:, 0][..., None] * along + plane[:, 1][..., None] * across)
 
     def loss(self, t: Any) -> Array:

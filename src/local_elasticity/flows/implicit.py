@@ -22,7 +22,7 @@ NEGLIGIBLE = 1e-14
 
 
 def magnitude(depth: int, tau: Array, target: Array, start: Array) -> Array:
-    """a at scaled times tau = d s^2 t, from start >= 0 towards target; all broadcast."""
+    """A at scaled times tau = d s^2 t, from start >= 0 towards target; all broadcast."""
     tau, target, start = np.broadcast_arrays(tau, target, start)
     if depth == 2:
         return _closed(tau, target, start)
@@ -43,7 +43,7 @@ def magnitude(depth: int, tau: Array, target: Array, start: Array) -> Array:
 
 
 def _closed(tau: Array, u: Array, start: Array) -> Array:
-    """d = 2: v = v0 / (e^{-a} + v0 (1 - e^{-a}) / u) with a = 2 u tau, arranged so that no exponential overflows."""
+    """D = 2: v = v0 / (e^{-a} + v0 (1 - e^{-a}) / u) with a = 2 u tau, arranged so that no exponential overflows."""
     from scipy.special import exprel
 
     v0, a = start**2, 2 * u * tau
@@ -82,7 +82,7 @@ def _fading(depth: int, tau: Array, u: Array, start: Array) -> Array:
 
 
 def _solve(integral: Callable[[Array], Array], low: Array, span: Array, high: Array) -> Array:
-    """q in [low, high] at which an increasing integral is ``span`` above its value at ``low``: bisection."""
+    """Q in [low, high] at which an increasing integral is ``span`` above its value at ``low``: bisection."""
     goal, low, high = integral(low) + span, low.copy(), high.copy()
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)

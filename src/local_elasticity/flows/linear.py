@@ -20,7 +20,8 @@ class RidgeFlow(Flow):
 
         S_rel(t) = |r x.x' + penalty w(t).x'| / |r |x|^2 + penalty w(t).x|,
 
-    for steps of any size: the prediction is linear in w. Source: spec srel 2.2; our derivation, not the paper's wording.
+    for steps of any size: the prediction is linear in w. Source: spec srel 2.2; our derivation, not the
+    paper's wording.
 
     Args:
         X: (n, p) inputs, samples in rows.
@@ -47,7 +48,7 @@ class RidgeFlow(Flow):
         self.quadratic = QuadraticFlow(moments, self.inputs.T @ self.labels / n, self.start)
 
     def weights(self, t: Any) -> Array:
-        """w at times t: (T, ..., p)."""
+        """W at times t: (T, ..., p)."""
         return self._timed(t, self.quadratic.weights(t))
 
     def loss(self, t: Any) -> Array:
@@ -57,7 +58,7 @@ class RidgeFlow(Flow):
         return self._timed(t, 0.5 * (residuals**2).mean(-1) + 0.5 * self.penalty * (w**2).sum(-1))
 
     def movements(self, t: np.ndarray, x: Array, x_prime: Array, label: Array | None, lr: float | None) -> Movements:
-        """r x.x' + penalty w.x' and r |x|^2 + penalty w.x."""
+        """R x.x' + penalty w.x' and r |x|^2 + penalty w.x."""
         label = needed(label, "y of each x")
         at_x, at_target = (self._starts_in_a_row(self.quadratic.project(t, v)) for v in (x, x_prime))
         residual = at_x - label
@@ -99,6 +100,6 @@ class LinearRegressionFlow(RidgeFlow):
 
 def checked_penalty(penalty: float) -> float:
     """A finite penalty of at least 0."""
-    if not (np.isscalar(penalty) and np.isfinite(penalty) and float(penalty) >= 0):  # pyright: ignore[reportArgumentType]
+    if not (isinstance(penalty, int | float | np.number) and np.isfinite(penalty) and penalty >= 0):
         raise InputError(expected="a penalty of at least 0", got=repr(penalty), do="pass 0 for none")
     return float(penalty)

@@ -48,7 +48,7 @@ class QuadraticFlow:
         return np.exp(-np.multiply.outer(checked_times(t), self.eigenvalues))
 
     def weights(self, t: Any) -> Array:
-        """w at times t: (T, ..., p)."""
+        """W at times t: (T, ..., p)."""
         moving = np.expand_dims(self.decay(t), tuple(range(1, self.transient.ndim))) * self.transient
         return moving @ self.basis.T + self.limit
 

@@ -1,4 +1,4 @@
-"""One-hot ridge classification on fixed features ("penalised linear regression"): spec srel 2.3, the paper's Thm 3.2."""
+"""One-hot ridge classification on fixed features, the paper's penalised linear regression (Thm 3.2; spec srel 2.3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RidgeClassifierFlow(Flow):
         S_rel(t) = |(W h - e_k) h.h' + rho W h'| / |(W h - e_k) |h|^2 + rho W h|   (norms over the K outputs),
 
     for steps of any size. Hypothesis: features do not move; classes need not be of equal size (N/K is their mean size).
-    Source: eq. (8) of the paper as far as its code shows it; that S_rel(h, h) = 1 needs the numerator without 1/N is our
+    Source: eq. (8) of the paper as far as its code shows it; that S_rel(h, h) = 1 needs a numerator without 1/N is our
     derivation, equal to finite steps.
 
     Args:
@@ -32,8 +32,8 @@ class RidgeClassifierFlow(Flow):
         penalty: at least 0.
         theta: only theta^2 enters, as a time scale.
         w0: (..., K, p) initial weights; zeros by default.
-        published: S_rel and loss as the published code computed them: h h^T / N instead of h h^T in the numerator, and a
-            loss whose labels were lost in a broadcast (each one-hot entry against each output) and whose penalty is
+        published: S_rel and loss as the published code computed them: h h^T / N for h h^T in the numerator, and a loss
+            whose labels were lost in a broadcast (each one-hot entry against each output) and whose penalty is
             penalty / (2K). Weights are the same.
 
     Raises:

@@ -99,13 +99,13 @@ class SoftmaxLayerFlow(Flow):
         inner, square = (x * x_prime).sum(-1), (x * x).sum(-1)
         pull = one_hot - _softmax(at_x, -1)  # e - p
         if lr is None:
-            return Movements(*(self._small(z, pull, h) for z, h in ((at_target, inner), (at_x, square))))
+            return Movements(self._small(at_target, pull, inner), self._small(at_x, pull, square))
         rule = self.definition
-        moved = [
+        target, source = (
             self._finite(rule.numerator, at_target, lr * inner[:, None] * pull),
             self._finite(rule.denominator, at_x, lr * square[:, None] * pull) + rule.eps,
-        ]
-        return Movements(*moved)
+        )
+        return Movements(target, source)
 
     def _small(self, logits: Array, pull: Array, inner: Array) -> Array:
         """The leading order of the definition for logits that move by inner * pull."""

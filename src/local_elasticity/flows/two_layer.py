@@ -1,4 +1,4 @@
-"""Two-layer nets f(x) = a.s(W x + b) + c, their tangent kernel in closed form, and S_rel = |K(x, x')|/K(x, x) (spec srel 2.7)."""
+"""Two-layer nets f(x) = a.s(W x + b) + c: tangent kernel K, and S_rel = |K(x, x')| / K(x, x) (spec srel 2.7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TwoLayerNTK(Flow):
 
     and with biases in both layers 1 is added to each inner product. S_rel = |K(x, x')| / K(x, x) in the limit of small
     steps, whatever the loss of the scalar output. The weights of the linear net along the flow of
-    L = 1/(2n) sum (f(x_i) - y_i)^2 have no closed form: they are integrated to 1e-9 if X and y are given, and stay where
+    L = 1/(2n) sum (f(x_i) - y_i)^2 have no closed form: they are integrated to 1e-9 if X and y are given, and stay as
     they are if not. A ReLU net takes no X and y: on finitely many samples its flow can slide along a kink, where an
     ordinary differential equation has no solution; train it, and measure.
     Source: spec srel 2.7; our derivation.
@@ -107,7 +107,7 @@ class TwoLayerNTK(Flow):
         return 0.5 * ((self.predict(self.weights(t), self.inputs) - self.labels) ** 2).mean(-1)
 
     def predict(self, weights: Array, x: Array) -> Array:
-        """f at x (n, p) for weights in a row: (..., n)."""
+        """F at x (n, p) for weights in a row: (..., n)."""
         w, a, b, c = self.parts(weights)
         hidden = w @ x.T + b[..., None]
         return (a[..., None] * self._active(hidden)).sum(-2) + c[..., None]

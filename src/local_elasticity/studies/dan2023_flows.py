@@ -1,4 +1,4 @@
-"""Study dan2023-flows: S_rel(t) of every solvable flow, beside networks trained by SGD (arXiv 2111.01166; spec srel 2, C8)."""
+"""Study dan2023-flows: S_rel(t) of every solvable flow, and networks trained by SGD (arXiv 2111.01166; srel 2, C8)."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ class FlowStudy:
                 "networks trained by SGD follow their flow, at order 1 in the step",
                 "0.8 to 1.2 by both engines",
                 f"{orders.min():.3f} to {orders.max():.3f} of {len(curved)} flows; "
-                f"{', '.join(exactly)}: equal to {max(a['errors'].max() for k, a in found.items() if k in exactly):.0e}",
+                f"{', '.join(exactly)}: equal to {max(found[k]['errors'].max() for k in exactly):.0e}",
                 "2 engines, every halving of the step",
                 judged(bool((np.abs(orders - 1) < 0.2).all())),
             ),

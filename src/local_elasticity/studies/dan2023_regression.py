@@ -1,4 +1,4 @@
-"""Study dan2023-regression: does S_rel of regression networks pass through two phases? (arXiv 2111.01166; spec srel 3.3, C6)."""
+"""Study dan2023-regression: two phases in S_rel of regression networks? (arXiv 2111.01166; spec srel 3.3, C6)."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def dataset(name: str, samples: int, seed: int = 0) -> tuple[Tensor, Tensor, str
 
 def look_times(updates: int, looks: int) -> list[int]:
     """Numbers of updates at which to look, evenly on a logarithmic axis, from 1."""
-    return sorted({int(round(v)) for v in np.geomspace(1, updates, looks)})
+    return sorted({round(float(v)) for v in np.geomspace(1, updates, looks)})
 
 
 class LockStep:
@@ -279,8 +279,8 @@ class RegressionStudy:
             "settings are ours (the paper's are unknown): ReLU MLPs, half squared error, SGD of batches of "
             f"{size.batch_size} with replacement, {size.updates} updates, {size.looks} looks; probe: SGD step of the "
             "training's size on one sample, engine replay, float64, definition he_su",
-            f"{size.seeds} seeds in lock step, {size.sources} sources, {size.targets} targets; near and far: the closest "
-            "and the farthest quarter of the targets of each source; medians over pairs, 95 % intervals over seeds",
+            f"{size.seeds} seeds in lock step, {size.sources} sources, {size.targets} targets; near and far: the "
+            "closest and the farthest quarter of the targets of each source; medians over pairs, 95 % intervals over seeds",
             *(f"{name}: {dataset(name, size.samples, self.seed)[2]}" for name in dict.fromkeys(s.data for s in found)),
             *(_within_one_run(s, a) for s, a in found.items()),
             *_factors(phases),

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ def kept(path: Path, compute: Callable[[], Arrays]) -> Arrays:
     arrays = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **arrays)
+    save: Any = np.savez_compressed
+    save(partial, **arrays)
     os.replace(partial, path)
     return arrays
