@@ -144,7 +144,8 @@ def main(quick: bool = False, out: Path | None = None) -> int:
     ]
     note = (
         f"{RIDGE.pairs} pairs x {RIDGE.starts} starts x {len(times)} times, p = {P}. The loop was timed on "
-        f"{len(cells)} of {total} cells and scaled, the shared exponentials on {len(some)} times; ours in full, best of {len(runs)}."
+        f"{len(cells)} of {total} cells and scaled, the shared exponentials on {len(some)} times; ours in full, best "
+        f"of {len(runs)}."
     )
     table = Table(*HEADINGS, box=box.SIMPLE_HEAD)
     for row in rows:

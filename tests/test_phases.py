@@ -23,7 +23,7 @@ def hinge(at, slope=0.5):
 
 @pytest.mark.parametrize("base", [0 * U, 0.4 * U], ids=["flat", "linear"])
 def test_false_alarms_stay_under_five_percent(base):
-    found = [find_phases(T, curves(base, i, shared=0.05 * (i % 2)), n_boot=100, seed=i).verdict for i in range(200)]
+    found = [find_phases(T, curves(base, i, shared=0.05 * (i % 2)), n_boot=60, seed=i).verdict for i in range(200)]
     assert found.count("two phases") < 10
 
 

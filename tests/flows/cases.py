@@ -133,7 +133,7 @@ def two_layer(activation, biased=True):
     def build():
         rng = np.random.default_rng(7)
         X, y = rng.standard_normal((12, 3)), rng.standard_normal(12)
-        W, a, b = rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 5)), rng.standard_normal((2, 5))
+        W, a, b = rng.standard_normal((2, 3, 3)), rng.standard_normal((2, 3)), rng.standard_normal((2, 3))
         x, x_prime = _pairs(rng, 3)
         data = (X, y) if activation == "linear" else (None, None)
         flow = flows.TwoLayerNTK(W, a, b if biased else None, 0.1 if biased else 0.0, activation, *data)
@@ -143,15 +143,15 @@ def two_layer(activation, biased=True):
         def rate(w):  # one start and one sample at a time, by hand
             out = np.zeros_like(w)
             for i, row in enumerate(w):
-                hidden, outer = row[:15].reshape(5, 3), row[15:20]
+                hidden, outer = row[:9].reshape(3, 3), row[9:12]
                 for xi, yi in zip(X, y, strict=True):
-                    h = hidden @ xi + (row[20:25] if biased else 0)
-                    pull = (yi - outer @ h - (row[25] if biased else 0)) / 12
-                    out[i, :15] += pull * np.outer(outer, xi).ravel()
-                    out[i, 15:20] += pull * h
+                    h = hidden @ xi + (row[12:15] if biased else 0)
+                    pull = (yi - outer @ h - (row[15] if biased else 0)) / 12
+                    out[i, :9] += pull * np.outer(outer, xi).ravel()
+                    out[i, 9:12] += pull * h
                     if biased:
-                        out[i, 20:25] += pull * outer
-                        out[i, 25] += pull
+                        out[i, 12:15] += pull * outer
+                        out[i, 15] += pull
             return out
 
         return Case(flow, x, x_prime, None, rate)

@@ -76,7 +76,7 @@ def _around(base: Setting, **ways: Sequence[Any]) -> tuple[Setting, ...]:
 BASE = Setting()
 SCALES = {
     "small": Scale(
-        _around(BASE, data=["linear", "diabetes", "fair"], depth=[4], lr=[1e-3]), 6, 2000, 16, 8, 24, samples=200
+        _around(BASE, data=["linear", "diabetes", "fair"], depth=[4], lr=[1e-3]), 6, 1500, 16, 8, 24, samples=200
     ),
     "paper": Scale(
         _around(
@@ -280,7 +280,7 @@ class RegressionStudy:
             f"{size.batch_size} with replacement, {size.updates} updates, {size.looks} looks; probe: SGD step of the "
             "training's size on one sample, engine replay, float64, definition he_su",
             f"{size.seeds} seeds in lock step, {size.sources} sources, {size.targets} targets; near and far: the "
-            "closest and the farthest quarter of the targets of each source; medians over pairs, 95 % intervals over seeds",
+            "closest and the farthest quarter of the targets of each source; medians over pairs, 95 % over seeds",
             *(f"{name}: {dataset(name, size.samples, self.seed)[2]}" for name in dict.fromkeys(s.data for s in found)),
             *(_within_one_run(s, a) for s, a in found.items()),
             *_factors(phases),
@@ -359,7 +359,7 @@ def _within_one_run(setting: Setting, a: Arrays) -> str:
     for i in range(a["near"].shape[1]):
         s = a["near"][:, i].reshape(len(a["times"]), -1)
         try:
-            counted[find_phases(a["times"], s, n_boot=200).verdict] += 1
+            counted[find_phases(a["times"], s, n_boot=100).verdict] += 1
         except InputError:
             counted["undefined"] += 1
     words = ", ".join(f"{verdict} in {n}" for verdict, n in counted.most_common())

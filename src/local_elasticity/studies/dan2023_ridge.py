@@ -234,7 +234,7 @@ class RidgeStudy:
         notes = [
             "as published: h h^T / N in the numerator, mean divided by 20, loss with lost labels; as defined: h h^T",
             f"{self.pairs} pairs (x of the far class, x' of the near one) x {self.starts} initial weights; features "
-            f"and weights from NumPy's legacy stream, seed {self.seed}; pairs, unseeded when published, seed {self.seed}",
+            f"and weights from NumPy's legacy stream, seed {self.seed}; pairs, unseeded as published, {self.seed}",
             "closed form, steps of any size; phases of the median over pairs and starts, both resampled; without t = 0",
             "the division by 20 scales the curve and the loss does not enter S_rel: only the 1/N changes its shape",
         ]
