@@ -31,7 +31,7 @@ def verdicts(folder):
     return {c["name"]: c["verdict"] for c in json.loads((folder / "claims.json").read_text())["claims"]}
 
 
-def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_path, capsys):
+def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_path, capsys, request):
     study = replace(RIDGE, draws=50)
     assert study.run_at(400, "test", tmp_path) == 1  # as defined there are no two phases: the paper's claim fails
     found = verdicts(tmp_path)
@@ -49,6 +49,7 @@ def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_p
     written = (tmp_path / "p10.npz").stat().st_mtime_ns
     (tmp_path / "p100.npz").write_bytes(b"cut off")  # made again, and p10 is kept
     before = (tmp_path / "claims.json").read_text()
+    request.getfixturevalue("undrawn")
     study.run_at(400, "test", tmp_path)
     assert (tmp_path / "p10.npz").stat().st_mtime_ns == written
     assert (tmp_path / "claims.json").read_text() == before

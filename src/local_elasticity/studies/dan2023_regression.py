@@ -284,6 +284,7 @@ class RegressionStudy:
             *(f"{name}: {dataset(name, size.samples, self.seed)[2]}" for name in dict.fromkeys(s.data for s in found)),
             *(_within_one_run(s, a) for s, a in found.items()),
             *_factors(phases),
+            _direction(found),
         ]
         path = write_claims(claims, out, f"{self.title}, scale {scale}", notes)
         figure = save(self._figure(found, phases), out / "figures", "regression")[0]
@@ -364,6 +365,13 @@ def _within_one_run(setting: Setting, a: Arrays) -> str:
             counted["undefined"] += 1
     words = ", ".join(f"{verdict} in {n}" for verdict, n in counted.most_common())
     return f"{setting.name}, near pairs, each seed by itself (resampling pairs): {words}"
+
+
+def _direction(found: dict[Setting, Arrays]) -> str:
+    """Whether S_rel ends above or below its beginning: the paper has it large at the end."""
+    ends = {s: np.nanmedian(a["near"], (1, 2, 3))[[0, -1]] for s, a in found.items()}
+    falls = sum(last < first for first, last in ends.values())
+    return f"direction, near pairs: the median ends below its beginning in {falls} of {len(ends)} settings"
 
 
 def _factors(phases: dict[tuple[Setting, str], Phases | None]) -> list[str]:
