@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from local_elasticity import data, networks, similarity
+from local_elasticity import data, flows, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
@@ -35,6 +35,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "data",
     "define",
     "every",
+    "flows",
     "from_optimizer",
     "gradient_gram",
     "kernel",

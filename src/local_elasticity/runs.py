@@ -25,6 +25,8 @@ from local_elasticity.similarity import s_rel_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from local_elasticity.phases import Phases
+
 FORMAT = "local-elasticity run"
 FORMAT_VERSION = 1
 MADE_BY = "local-elasticity"  # marks a config.json as ours: folders without it are never emptied
@@ -107,6 +109,32 @@ class Run:
         if update not in known:
             raise InputError(expected=f"an update of this run: {known}", got=repr(update), do="name one of them")
         return self.dataset.sel(update=update)
+
+    def phases(
+        self,
+        definition: str = "he_su",
+        update: str | None = None,
+        *,
+        over: str | None = None,
+        time: str = "step",
+        **options: Any,
+    ) -> Phases:
+        """The elastic and the inelastic phase of S_rel, or "none": see ``local_elasticity.phases``.
+
+        Args:
+            definition: name of the definition.
+            update: name of the probe update; needed where there are several.
+            over: "pairs", resampling sources and targets of one run, or "seeds", resampling the replicas of a run that
+                has them; by default seeds where there are at least 5.
+            time: coordinate of the snapshots to use as time: "step" (updates made), or "epoch".
+            options: of ``find_phases``: ``flat``, ``confidence``, ``n_boot``, ``seed``.
+
+        Raises:
+            InputError: for a name the run does not have, or too few snapshots, pairs or replicas.
+        """
+        from local_elasticity.phases import phases_of
+
+        return phases_of(self, definition, update, over, time, options)
 
     def plot(self, definition: str | None = None, update: str | None = None) -> Figure:
         """S_rel over training for each class pair, as in the first paper's figures."""
