@@ -357,6 +357,8 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
         for name, step in steps:
             console.print(f"{name} ...", style="dim")
             rows += step()
+            for row in [r for r in rows if r.ratio][-3:]:
+                console.print("  " + " ".join(filter(None, row.cells())), style="dim", highlight=False)
     table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         colour = {None: "", True: "green", False: "bold red"}[row.holds]
