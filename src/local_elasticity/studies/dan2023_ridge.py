@@ -280,7 +280,7 @@ class RidgeStudy:
                 Line("within the far class", a["times"], within),
             ]
             content.append(Panel("as defined", lines, "$S_{rel}$, median", "t", "linear", y_limits=(0.01, 10)))
-        return panels(content, 3, "Ridge classification: the two phases come from a 1/N in the published formula")
+        return panels(content, 3, "Ridge classification: the published rise of S_rel comes from a 1/N in its formula")
 
 
 def two_phases(times: np.ndarray, s: np.ndarray) -> Phases:
