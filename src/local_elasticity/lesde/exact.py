@@ -358,6 +358,9 @@ def transitions(sde: LESDE, t: Times) -> Transitions:
 def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     assert sde.modes is not None
     panels = _panels(sde, t)
+    size = sde.means.size
+    if panels.edges.size == 1:  # only the start is asked for
+        return Transitions(np.eye(size)[None], np.zeros((1, size, size)), np.zeros(1))
     spent = panels.cumulative(panels.rates[2])
     begins = np.append(0, panels.at[:-1])
     noise = spent[panels.at] - spent[begins]
@@ -375,7 +378,6 @@ def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     moments = np.where(panels.at > begins, _moments(sde, panels, first, scaled=False)[0][:, :, panels.at], 0.0)
     dense = operators(sde)
     used = [a for a, d in enumerate(dense) if d is not None]
-    size = sde.means.size
     carry = np.tensordot(responses[used], np.stack([dense[a] for a in used]), (0, 0))
     pairs = list(itertools.product(used, repeat=2))
     products = np.stack([dense[a] @ _block_product(sde.noise.shape, dense[b].T) for a, b in pairs])
