@@ -18,6 +18,7 @@ from scipy.integrate import solve_ivp
 
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.panels import Panels, cut, scan
+from local_elasticity.lesde.rates import Rate
 
 if TYPE_CHECKING:
     from local_elasticity.lesde.model import LESDE
@@ -92,6 +93,21 @@ def integral(sde: LESDE, t: Times) -> Float[np.ndarray, "3 times"]:
     """Integrals of alpha, beta and the noise's variance from the start to ``t``: A, B and the spent noise."""
     panels = _panels(sde, t)
     return panels.cumulative(panels.rates)[:, panels.at]
+
+
+def gap_integral(sde: LESDE, t: Times) -> Times:
+    """Integral of the smallest eigenvalue of E, min(alpha - beta, alpha + (K-1) beta)."""
+    k = sde.n_classes
+
+    def lowest(time: np.ndarray) -> np.ndarray:
+        a, b = sde.alpha(time), sde.beta(time)
+        return np.minimum(a - b, a + (k - 1) * b)
+
+    knots = np.union1d(sde.alpha.knots, sde.beta.knots)
+    begin, end = max(sde.alpha.begin, sde.beta.begin), min(sde.alpha.end, sde.beta.end)
+    rate = Rate("lambda_min", lowest, knots, begin, end)
+    panels = cut((rate,), np.zeros((1, 1)), sde.start, t)
+    return panels.cumulative(panels.rates[0])[panels.at]
 
 
 def _mode_rates(sde: LESDE, panels: Panels) -> Float[np.ndarray, "exponents panels nodes"]:

@@ -22,7 +22,9 @@ from local_elasticity.lesde.noise import as_covariances, as_noise
 from local_elasticity.lesde.rates import Kind, as_rate, combined
 
 if TYPE_CHECKING:
+    from local_elasticity.lesde.collapse import Collapse
     from local_elasticity.lesde.sample import Keep, Method
+    from local_elasticity.lesde.separability import Gamma, Separability
 
 ActsOn = Literal["class_mean", "own"]
 
@@ -298,6 +300,48 @@ class LESDE:
         from local_elasticity.lesde.sample import published_moments
 
         return published_moments(self, t)
+
+
+    # --- what follows from it --------------------------------------------------------------------------------------
+
+    def separability(
+        self,
+        t: Any,
+        n_per_class: int = 50,
+        n_paths: int = 100,
+        seed: Any = 0,
+        *,
+        gamma: Gamma = "gap",
+        confidence: float = 0.95,
+        progress: bool = False,
+    ) -> Separability:
+        """Probability over paths that classes are linearly separable at ``t``, with the theory beside it.
+
+        Args:
+            t: times, in any order; clouds are drawn from their law at each, so any time costs the same.
+            n_per_class: samples a class.
+            n_paths: independent clouds at each time.
+            seed: a seed or a NumPy generator.
+            gamma: which gap the theory uses: "gap" or "lambda_min".
+            confidence: of the binomial (Clopper–Pearson) interval.
+            progress: show a bar.
+
+        Raises:
+            InputError: for blocks H that are not positive semi-definite, which the theorem needs.
+        """
+        from local_elasticity.lesde.separability import separability
+
+        return separability(self, t, n_per_class, n_paths, seed, gamma=gamma, confidence=confidence, progress=progress)
+
+    def collapse(self, t: Any) -> Collapse:
+        """Neural collapse of the expected class means at ``t``, the predicted rate, and whether it can happen at all.
+
+        Args:
+            t: times, in any order.
+        """
+        from local_elasticity.lesde.collapse import collapse
+
+        return collapse(self, t)
 
 
 def _initial(initial: Any) -> tuple[Any, Any]:
