@@ -225,7 +225,6 @@ class LESDE:
         diagonal = [np.einsum("kpp->kp", part) for part in (self.initial_covariance, self.noise.shape)]
         return like(diagonal[0] + spent[:, None, None] * diagonal[1])
 
-
     # --- paths ---------------------------------------------------------------------------------------------------
 
     def sample(
@@ -300,7 +299,6 @@ class LESDE:
         from local_elasticity.lesde.sample import published_moments
 
         return published_moments(self, t)
-
 
     # --- what follows from it --------------------------------------------------------------------------------------
 

@@ -143,9 +143,7 @@ def _as(like: Like, tensor: Tensor) -> Array:
 # --- collecting ------------------------------------------------------------------------------------------------------
 
 
-def _collect(
-    sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], method: str, progress: bool
-) -> Any:
+def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], method: str, progress: bool) -> Any:
     """Put pieces (which paths, save point, class means, deviations or covariance) together."""
     k, p = sde.means.shape
     shape = (request.paths, request.t.size, k)
@@ -290,7 +288,9 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
     weights = request.tensor(sde.weights)
     roots, same = request.tensor(sde.noise.root), request.tensor(np.eye(k))
     keep = request.keep
-    everybody = _Request(request.t, request.n, request.paths, "clouds", request.dtype, request.device, request.generator)
+    everybody = _Request(
+        request.t, request.n, request.paths, "clouds", request.dtype, request.device, request.generator
+    )
     for which in _chunks(sde, everybody):
         paths = which.stop - which.start
         rows = torch.arange(paths, device=request.device)
@@ -383,7 +383,9 @@ def published_responses(sde: LESDE, t: Times) -> Float[np.ndarray, "times functi
         )
     if not np.array_equal(t, sde.start + np.arange(t.size)):
         raise InputError(
-            expected=f"every step from {sde.start:g} on, t = start + arange(T)", got="other times", do="ask for every step"
+            expected=f"every step from {sde.start:g} on, t = start + arange(T)",
+            got="other times",
+            do="ask for every step",
         )
     a, b = sde.alpha(t), sde.beta(t)
     own, cross, second = (a - b) / k, b / k, (a + b / (k - 1)) / k
@@ -427,7 +429,8 @@ def published(sde: LESDE, request: _Request, starts: Any, out: Any) -> Tensor | 
         result = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
         if tuple(result.shape) != shape or result.dtype != request.dtype or not result.is_contiguous():
             raise InputError(
-                expected=f"out: contiguous, shape {shape}, {request.dtype}", got=f"{tuple(result.shape)}, {result.dtype}",
+                expected=f"out: contiguous, shape {shape}, {request.dtype}",
+                got=f"{tuple(result.shape)}, {result.dtype}",
                 do="allocate it so",
             )
     coefficients = request.tensor(f).expand(request.paths, -1, -1)

@@ -153,7 +153,9 @@ def programmed_separable(a: Float[np.ndarray, "n p"], b: Float[np.ndarray, "m p"
         [np.concatenate([-a, ones[0], ones[0]], axis=1), np.concatenate([b, -ones[1], ones[1]], axis=1)]
     )
     bounds = [(-1, 1)] * p + [(None, None)] * 2
-    found = linprog(np.append(np.zeros(p + 1), -1.0), A_ub=rows, b_ub=np.zeros(len(rows)), bounds=bounds, method="highs")
+    found = linprog(
+        np.append(np.zeros(p + 1), -1.0), A_ub=rows, b_ub=np.zeros(len(rows)), bounds=bounds, method="highs"
+    )
     return bool(found.success) and _splits(found.x[:p], a, b)
 
 
@@ -329,7 +331,7 @@ def _variance(sde: LESDE, t: Times) -> Times:
 
 
 def _log_ratio(sde: LESDE, t: Times, gamma: Gamma) -> Times:
-    """log R(t): twice the growth exponent of the gap of class means, less the log of the variance within."""
+    """Log R(t): twice the growth exponent of the gap of class means, less the log of the variance within."""
     a, b, _ = exact.integral(sde, t)
     k = sde.n_classes
     if gamma == "lambda_min":
