@@ -171,9 +171,7 @@ def covariance(sde: LESDE, t: Times, n: int) -> Scaled:
     dense = operators(sde)
     size = sde.means.size
     values = np.zeros((t.size, size, size))
-    for a, b in itertools.product(range(len(dense)), repeat=2):
-        if dense[a] is None or dense[b] is None:
-            continue
+    for a, b in itertools.product(dense, repeat=2):
         begun = dense[a] @ _block_product(sde.initial_covariance, dense[b].T)
         spread = dense[a] @ _block_product(sde.noise.shape, dense[b].T)
         values += (first[a] * first[b])[:, None, None] * begun + moments[a, b, at][:, None, None] * spread
@@ -186,12 +184,13 @@ def _block_product(blocks: Float[np.ndarray, "k p p"], matrix: Float[np.ndarray,
     return (blocks @ matrix.reshape(k, p, -1)).reshape(matrix.shape)
 
 
-def operators(sde: LESDE) -> list[Float[np.ndarray, "kp kp"] | None]:
-    """The matrices D_a of the closed form."""
+def operators(sde: LESDE) -> dict[int, Float[np.ndarray, "kp kp"]]:
+    """The matrices D_a of the closed form that are not 0."""
     assert sde.modes is not None
     k, p = sde.means.shape
     basis = np.eye(k * p).reshape(k * p, k, p)
-    return [None if apply is None else apply(basis).reshape(k * p, k * p).T for apply in sde.modes.apply]
+    applied = {a: apply(basis) for a, apply in enumerate(sde.modes.apply) if apply is not None}
+    return {a: moved.reshape(k * p, k * p).T for a, moved in applied.items()}
 
 
 def _moments(
@@ -393,7 +392,7 @@ def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     responses = np.concatenate(f)
     moments = np.where(panels.at > begins, _moments(sde, panels, first, scaled=False)[0][:, :, panels.at], 0.0)
     dense = operators(sde)
-    used = [a for a, d in enumerate(dense) if d is not None]
+    used = list(dense)
     carry = np.tensordot(responses[used], np.stack([dense[a] for a in used]), (0, 0))
     pairs = list(itertools.product(used, repeat=2))
     products = np.stack([dense[a] @ _block_product(sde.noise.shape, dense[b].T) for a, b in pairs])

@@ -54,7 +54,7 @@ def parse(text: str, name: str = "expression") -> Callable[[Any], Any]:
             raise ValueError(f"more than {_LONGEST} characters")
         tree = ast.parse(text.strip(), mode="eval").body
         _check(tree)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
         raise InputError(
             expected=f"{name} as arithmetic of t: numbers, t, pi, e, + - * / **, {', '.join(FUNCTIONS)}",
@@ -73,7 +73,7 @@ def parse(text: str, name: str = "expression") -> Callable[[Any], Any]:
 def _check(node: ast.AST) -> None:
     """Refuse whatever is not in the grammar, before anything is computed."""
     match node:
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             float(value)
         case ast.Name(id="t" | "pi" | "e"):
             pass
@@ -95,7 +95,7 @@ def _check(node: ast.AST) -> None:
 
 def _value(node: ast.AST, t: Any) -> Any:
     match node:
-        case ast.Constant(value=value):
+        case ast.Constant(value=int() | float() as value):
             return np.float64(value)
         case ast.Name(id=named):
             return {"t": t, "pi": np.float64(np.pi), "e": np.float64(np.e)}[named]

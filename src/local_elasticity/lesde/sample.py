@@ -140,7 +140,7 @@ def _as(like: Like, tensor: Tensor) -> Array:
     return tensor.cpu().numpy() if like.device is None else tensor
 
 
-# --- collecting ------------------------------------------------------------------------------------------------------
+# --- collecting --------------------------------------------------------------------------------------------------
 
 
 def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], method: str, progress: bool) -> Any:
@@ -221,7 +221,7 @@ def _start(sde: LESDE, request: _Request, paths: int, n: int) -> Tensor:
     return (request.tensor(sde.means) + torch.einsum("kab,xkb->xka", spread, request.normal(paths, k, p))).flatten(1)
 
 
-# --- exact -----------------------------------------------------------------------------------------------------------
+# --- exact -------------------------------------------------------------------------------------------------------
 
 
 def _exact(sde: LESDE, request: _Request) -> Iterator[Any]:
@@ -249,20 +249,22 @@ def _own(
     request: _Request,
     which: slice,
     move: Callable[[int, Tensor], Tensor],
-    spread: Callable[[int], Tensor],
+    spread: Callable[[int], Tensor] | None,
 ) -> Iterator[Any]:
     """Every sample's own vector, the i-th samples of all classes stacked."""
     k, p = sde.means.shape
     paths = which.stop - which.start
     x = _start(sde, request, paths * request.n, 1)
     for at in range(request.t.size):
-        x = move(at, x) + request.normal(paths * request.n, k * p) @ spread(at).T
+        x = move(at, x)
+        if spread is not None:
+            x = x + request.normal(paths * request.n, k * p) @ spread(at).T
         cloud = x.view(paths, request.n, k, p).transpose(1, 2)
         mean = cloud.mean(dim=2)
         yield which, at, mean, cloud - mean[:, :, None]
 
 
-# --- the discrete recursion --------------------------------------------------------------------------------------------
+# --- the discrete recursion --------------------------------------------------------------------------------------
 
 
 def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
@@ -325,14 +327,14 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
                 at += 1
 
 
-# --- Euler–Maruyama --------------------------------------------------------------------------------------------------
+# --- Euler–Maruyama ----------------------------------------------------------------------------------------------
 
 
 def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity | None) -> Iterator[Any]:
     """X += h M(t) Xbar + sqrt(h) Sigma^(1/2) xi, with steps of at most ``step`` that hit the save points."""
     begins = np.append(sde.start, request.t[:-1])
-    step = (request.t[-1] - sde.start) / 1000 if step is None else step
-    if not step > 0:
+    step = float(request.t[-1] - sde.start) / 1000 if step is None else float(step)
+    if step <= 0:
         raise InputError(expected="a step above 0", got=f"{step}", do="pass step=...")
     counts = np.ceil((request.t - begins) / step - 1e-9).clip(min=0).astype(int)
     lengths = (request.t - begins) / counts.clip(min=1)
@@ -358,8 +360,7 @@ def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity
     for which in _chunks(sde, request):
         paths = which.stop - which.start
         if sde.acts_on == "own":
-            nothing = torch.zeros((k * p, k * p), dtype=request.dtype, device=request.device)
-            yield from _own(sde, request, which, lambda at, x: run(x, at), lambda at: nothing)
+            yield from _own(sde, request, which, lambda at, x: run(x, at), None)
             continue
         x, clouds, begin = _start(sde, request, paths, request.n), _Clouds(sde, request, paths), 0
         for at, count in enumerate(counts.tolist()):
@@ -369,7 +370,7 @@ def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity
             yield which, at, x.view(paths, k, p), clouds.centred()
 
 
-# --- the authors' recursion ----------------------------------------------------------------------------------------------
+# --- the authors' recursion --------------------------------------------------------------------------------------
 
 
 def published_responses(sde: LESDE, t: Times) -> Float[np.ndarray, "times functions"]:

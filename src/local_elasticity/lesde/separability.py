@@ -100,7 +100,7 @@ class Separability:
         return separability_figure(self, **options)
 
 
-# --- two clouds ------------------------------------------------------------------------------------------------------
+# --- two clouds --------------------------------------------------------------------------------------------------
 
 
 def fast_separable(a: Float[np.ndarray, "n p"], b: Float[np.ndarray, "m p"]) -> bool:
@@ -181,7 +181,7 @@ def binomial_interval(
     return low, high
 
 
-# --- over paths ------------------------------------------------------------------------------------------------------
+# --- over paths --------------------------------------------------------------------------------------------------
 
 
 def clouds_at(
@@ -258,7 +258,7 @@ def separability(
     )
 
 
-# --- theory ------------------------------------------------------------------------------------------------------------
+# --- theory ------------------------------------------------------------------------------------------------------
 
 
 def theory(sde: LESDE, t: Any, n_per_class: int, gamma: Gamma = "gap") -> Theory:
@@ -374,7 +374,7 @@ def _limit(
     return ("separable" if slope > 0 else "not separable"), words
 
 
-# --- phase diagram ---------------------------------------------------------------------------------------------------
+# --- phase diagram -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,4 +453,5 @@ def phase_diagram(
             found = separability(model, times, n_per_class, n_paths, generator)
             cells[:, i, j] = found.pair_probability, found.probability, found.low, found.high
             bar.advance()
-    return PhaseDiagram(r, c, times, *cells, n_classes, n_per_class, n_paths)
+    one, all_pairs, low, high = cells
+    return PhaseDiagram(r, c, times, one, all_pairs, low, high, n_classes, n_per_class, n_paths)

@@ -54,6 +54,7 @@ def paths_figure(
             _curve(axis, t, (centre, centre - band, centre + band), f"feature {j}", style)
         axis.set_title(f"class {c}", fontsize=NORMAL)
         _finish(axis, "class mean" if c % columns == 0 else "", log=False)
+        axis.yaxis.get_offset_text().set_fontsize(SMALL)
         if c + columns >= shown:
             axis.set_xlabel("time t", fontsize=SMALL)
             axis.tick_params(labelbottom=True)
@@ -94,12 +95,13 @@ def separability_figure(found: Separability, *, detail: str = "", width: float =
         top.axhline(found.theory.random_labelling, color="0.5", linestyle=":", linewidth=1)
     top.set_ylim(-0.04, 1.04)
     _finish(top, "P(separable)", log=False)
+    top.margins(x=0.04)
     _legend_above(top, width)
     ratio = found.theory.log_ratio[order] / np.log(10)
     bottom.plot(t, ratio, color="k", linewidth=1.2)
     bottom.axhline(0, color="0.6", linewidth=0.7)
-    _finish(bottom, "log$_{10}$ R(t)", log=False)
-    bottom.set_ylabel("log$_{10}$ R(t), signal over noise", fontsize=SMALL)
+    _finish(bottom, "", log=False)
+    bottom.set_ylabel("$\\log_{10}$ R(t)", fontsize=SMALL, parse_math=True)
     bottom.set_xlabel("time t", fontsize=SMALL)
     if t.size > 2 and t.min() > 0 and t.max() / t.min() > 300:
         bottom.set_xscale("log")
@@ -143,7 +145,7 @@ def phase_figure(diagram: PhaseDiagram, *, at: int = -1, width: float = 3.8) -> 
     axis.tick_params(labelsize=SMALL)
     figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
     words = f"K = {diagram.n_classes} · n = {diagram.n_per_class} · {diagram.n_paths} paths a cell"
-    _headline(figure, f"alpha − beta = c (1 + t)^−r at t = {diagram.t[at]:.0e}", words)
+    _headline(figure, f"Separable? alpha − beta = c (1 + t)^(−r), at t = {diagram.t[at]:g}", words)
     return figure
 
 
