@@ -434,8 +434,13 @@ def published(sde: LESDE, request: _Request, starts: Any, out: Any) -> Tensor | 
                 got=f"{tuple(result.shape)}, {result.dtype}",
                 do="allocate it so",
             )
-    coefficients = request.tensor(f).expand(request.paths, -1, -1)
-    torch.bmm(coefficients, basis, out=result.view(request.paths, request.t.size, k * p))
+    coefficients, rows = request.tensor(f), result.view(request.paths, request.t.size, k * p)
+    if result.device.type == "cpu":  # one product a path writes each result once; batched products are slower here
+        left, right, into = coefficients.numpy(), basis.numpy(), rows.numpy()
+        for path in range(request.paths):
+            np.matmul(left, right[path], out=into[path])
+    else:
+        torch.bmm(coefficients.expand(request.paths, -1, -1), basis, out=rows)
     return result if out is None else out
 
 
