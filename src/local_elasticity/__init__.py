@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from local_elasticity import data, flows, networks, similarity
+from local_elasticity import data, flows, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
 from local_elasticity.kernel_similarity import s_ker, s_rel_limit
+from local_elasticity.lesde import LESDE
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [  # grouped as the work goes: update, moment, definitions, tables, training, runs, rooms, errors
+    "LESDE",
     "SGD",
     "Adam",
     "ClassTable",
@@ -39,6 +41,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "from_optimizer",
     "gradient_gram",
     "kernel",
+    "lesde",
     "log_spaced",
     "measure",
     "measure_tiles",
