@@ -1,0 +1,1 @@
+"""The locally elastic SDE: the model, and its estimation from real training."""
