@@ -1,9 +1,10 @@
 """Local elasticity: when one update is taken at x, how much does the prediction at x' move?"""
 
-from local_elasticity import data, networks, similarity
+from local_elasticity import data, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, measure
+from local_elasticity.lesde import LESDE
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -12,6 +13,7 @@ from local_elasticity.updates import SGD, Adam, Update, from_optimizer
 __version__ = "0.1.0"
 
 __all__ = [  # grouped as the work goes: update, moment, definitions, tables, training, runs, rooms, errors
+    "LESDE",
     "SGD",
     "Adam",
     "ClassTable",
@@ -29,6 +31,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "define",
     "every",
     "from_optimizer",
+    "lesde",
     "log_spaced",
     "measure",
     "networks",

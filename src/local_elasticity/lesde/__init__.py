@@ -1,1 +1,6 @@
-"""The locally elastic SDE: the model, and its estimation from real training."""
+"""The locally elastic SDE: its exact law, its paths, what it says about separation and collapse, its estimation."""
+
+from local_elasticity.lesde.drift import DRIFTS, Drift, Modes, register, simplex
+from local_elasticity.lesde.model import LESDE
+
+__all__ = ["DRIFTS", "LESDE", "Drift", "Modes", "register", "simplex"]
