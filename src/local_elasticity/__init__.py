@@ -2,9 +2,9 @@
 
 from local_elasticity import data, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
-from local_elasticity.errors import InputError, NoiseWarning
+from local_elasticity.errors import IdentifiabilityWarning, InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, measure
-from local_elasticity.lesde import LESDE
+from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, estimate, impact_matrix
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -17,7 +17,10 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "SGD",
     "Adam",
     "ClassTable",
+    "Fit",
+    "IdentifiabilityWarning",
     "Impact",
+    "ImpactMatrix",
     "InputError",
     "NoiseWarning",
     "Plan",
@@ -29,8 +32,10 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "by_class",
     "data",
     "define",
+    "estimate",
     "every",
     "from_optimizer",
+    "impact_matrix",
     "lesde",
     "log_spaced",
     "measure",

@@ -36,7 +36,7 @@ QUANTITIES = ("A", "B", "alpha", "beta", "gap")
 CLEAR, DRIFTING = 50.0, 3.0  # signal to noise at which one step is baseline enough; drift in standard errors
 WEAK, FLOOR = 5.0, 3.0  # signal to noise under which a baseline, and a mode, are called weak
 _AT_ONCE = 1 << 21  # numbers of resampled features at a time
-_PILOT = 24  # draws by which windows are chosen and noise is judged
+_PILOT = 12  # draws by which windows are chosen and noise is judged
 
 
 class Average(NamedTuple):
@@ -324,7 +324,7 @@ def estimate(
         )
     width = _given_window(window, T)
     no_interval = _no_interval(data, n_boot)
-    features = rule.per_class(data.class_means, np.broadcast_to(np.arange(K), data.class_means.shape[:-1]))
+    features = rule.of_cells(data.class_means)
     pilot = None if data.n_trials < 2 else _resampled(data, rule, _weights(data.n_trials, _PILOT, seed))
     if baseline_window is None:
         base = 1 if estimator == "published" else _baseline_window(rule, features, pilot)
@@ -395,7 +395,7 @@ def _stretches(data: Observations, n_boot: int, per_step: int, stop: int) -> lis
 
 def _means_of(data: Observations, rule: Estimator, weights: np.ndarray, begin: int, end: int) -> np.ndarray:
     """Features of the resampled class means from step begin to end, NaN where a resample saw none."""
-    values, seen = data.contributions(rule.per_class, begin, end)
+    values, seen = data.contributions(rule.of_cells, rule.of_samples, begin, end)
     sums = (weights @ values.reshape(len(values), -1)).reshape(len(weights), *values.shape[1:])
     if seen is None:
         return sums / data.n_trials
@@ -442,7 +442,8 @@ def _intervals(
 
 def _percentiles(draws: Float[np.ndarray, "b T"], confidence: float) -> tuple[Series, Series]:
     """Percentile interval over the draws, interpolated between order statistics; NaN where a draw is."""
-    ordered = np.sort(np.ascontiguousarray(draws.T), axis=1)
+    ordered = np.array(draws.T, order="C")
+    ordered.sort(axis=1)
     ends = []
     for share in ((1 - confidence) / 2, (1 + confidence) / 2):
         place = share * (len(draws) - 1)

@@ -26,7 +26,8 @@ class Estimator:
     """How A and B of a model are read off class means.
 
     Attributes:
-        per_class: features (..., F) of outputs (..., p) of the classes (...), linear in the outputs.
+        of_cells: features (..., K, F) of class means (..., K, p), linear in them.
+        of_samples: the same of outputs (..., p) of samples of the classes (...).
         modes: from features the vectors of the gap's mode and of the other.
         mode_names: what the two are.
         rates: from features, and those at the baseline, A and B.
@@ -34,7 +35,8 @@ class Estimator:
         split: from A, B and K, the two exponents.
     """
 
-    per_class: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    of_cells: Callable[[np.ndarray], np.ndarray]
+    of_samples: Callable[[np.ndarray, np.ndarray], np.ndarray]
     modes: Callable[[Features], tuple[Vectors, Vectors]]
     mode_names: tuple[str, str]
     rates: Callable[[Features, Features], tuple[Series, Series]]
@@ -56,31 +58,41 @@ def log_norm(v: Vectors) -> Series:
         return np.log(largest) + 0.5 * np.log(np.einsum("...d,...d->...", scaled, scaled))
 
 
-def _outputs(z: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The outputs themselves."""
-    return z
+def _mean(x: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over a short axis, one slice after another: several times faster than ``mean`` for a handful of them."""
+    parts = np.moveaxis(x, axis, 0)
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total / len(parts)
 
 
-def _own_logit(z: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def _own_logit_of_cells(X: np.ndarray) -> np.ndarray:
     """s: the logit of the own class over the mean of the row (‖d‖ u_k · X^k)."""
-    own = np.take_along_axis(z, classes[..., None], axis=-1)
-    return own - z.mean(axis=-1, keepdims=True)
+    return (np.einsum("...kk->...k", X) - _mean(X, -1))[..., None]
+
+
+def _own_logit_of_samples(z: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(z, classes[..., None], axis=-1) - _mean(z, -1)[..., None]
+
+
+_WHOLE = (lambda X: X, lambda z, classes: z)
+_OWN_LOGIT = (_own_logit_of_cells, _own_logit_of_samples)
 
 
 def _isotropic_modes(X: Features) -> tuple[Vectors, Vectors]:
-    mean = X.mean(axis=-2)
+    mean = _mean(X, -2)
     deviation = X - mean[..., None, :]
     return deviation.reshape(*deviation.shape[:-2], -1), mean
 
 
 def _logit_modes(s: Features) -> tuple[Vectors, Vectors]:
-    mean = s.mean(axis=-2)
+    mean = _mean(s, -2)
     return mean, s[..., 0] - mean
 
 
 def _published_logit_modes(X: Features) -> tuple[Vectors, Vectors]:
-    K = X.shape[-2]
-    return _logit_modes(_own_logit(X, np.broadcast_to(np.arange(K), X.shape[:-1])))
+    return _logit_modes(_own_logit_of_cells(X))
 
 
 def _from_isotropic(gap: Series, other: Series, K: int) -> tuple[Series, Series]:
@@ -115,16 +127,16 @@ _ISOTROPIC = (("A - B", "A + (K-1) B"), _from_isotropic, _to_isotropic)
 _LOGITS = (("A - B", "A + B/(K-1)"), _from_logits, _to_logits)
 
 
-def _estimator(per_class: Callable, modes: Callable, model: tuple, rates: Callable | None = None) -> Estimator:
+def _estimator(features: tuple[Callable, Callable], modes: Callable, model: tuple, rates: Callable | None = None) -> Estimator:
     names, combine, split = model
-    return Estimator(per_class, modes, names, rates or _by_length(modes, combine), combine, split)
+    return Estimator(*features, modes, names, rates or _by_length(modes, combine), combine, split)
 
 
 ESTIMATORS: dict[tuple[str, str], Estimator] = {
-    ("isotropic", "defined"): _estimator(_outputs, _isotropic_modes, _ISOTROPIC),
-    ("logits", "defined"): _estimator(_own_logit, _logit_modes, _LOGITS),
-    ("isotropic", "published"): _estimator(_outputs, _isotropic_modes, _ISOTROPIC, published.estimate_isotropic),
-    ("logits", "published"): _estimator(_outputs, _published_logit_modes, _LOGITS, published.estimate_logits),
+    ("isotropic", "defined"): _estimator(_WHOLE, _isotropic_modes, _ISOTROPIC),
+    ("logits", "defined"): _estimator(_OWN_LOGIT, _logit_modes, _LOGITS),
+    ("isotropic", "published"): _estimator(_WHOLE, _isotropic_modes, _ISOTROPIC, published.estimate_isotropic),
+    ("logits", "published"): _estimator(_WHOLE, _published_logit_modes, _LOGITS, published.estimate_logits),
 }
 MODELS = tuple(dict.fromkeys(model for model, _ in ESTIMATORS))
 

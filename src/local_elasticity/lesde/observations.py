@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,8 @@ from jaxtyping import Float, Int
 from local_elasticity.errors import InputError
 
 Missing = Literal["raise", "interpolate"]
-PerClass = Callable[[np.ndarray, np.ndarray], np.ndarray]
+OfCells = Callable[[np.ndarray], np.ndarray]
+OfSamples = Callable[[np.ndarray, np.ndarray], np.ndarray]
 ABSENT = -1  # label of a step at which a trial logged nothing
 
 
@@ -38,8 +40,8 @@ class Observations:
     class_means: Float[np.ndarray, "T K p"]
     filled: Int[np.ndarray, "cells 2"]
     trials: Float[np.ndarray, "trials T K p"] | None = None
-    logits: Float[np.ndarray, "T trials K"] | None = None
-    labels: Int[np.ndarray, "T trials"] | None = None
+    logits: Float[np.ndarray, "trials T K"] | None = None
+    labels: Int[np.ndarray, "trials T"] | None = None
 
     @property
     def n_classes(self) -> int:
@@ -51,75 +53,82 @@ class Observations:
         """How many trials are known; 0 for one path."""
         if self.trials is not None:
             return len(self.trials)
-        return 0 if self.labels is None else self.labels.shape[1]
+        return 0 if self.labels is None else len(self.labels)
 
     def contributions(
-        self, per_class: PerClass, start: int, stop: int
+        self, of_cells: OfCells, of_samples: OfSamples, start: int, stop: int
     ) -> tuple[Float[np.ndarray, "trials n K F"], Float[np.ndarray, "trials n K"] | None]:
         """Features of each trial's cells from step start to stop, 0 where it saw none, and where it saw some.
 
         Args:
-            per_class: features (..., F), linear in outputs (..., p) of the classes (...).
+            of_cells: features (..., K, F), linear in class means (..., K, p).
+            of_samples: the same of single outputs (..., p) of the classes (...).
             start: first step.
             stop: one after the last.
         """
-        K = self.n_classes
         if self.trials is not None:
             cells = self.trials[:, start:stop]
             seen = ~np.isnan(cells[..., 0])
-            features = per_class(cells, np.broadcast_to(np.arange(K), cells.shape[:-1]))
+            features = of_cells(cells)
             if seen.all():
                 return features, None
             return np.where(seen[..., None], features, 0.0), seen.astype(float)
         assert self.logits is not None and self.labels is not None
-        labels = self.labels[start:stop]
-        n, trials = labels.shape
-        logged = labels != ABSENT
-        features = per_class(self.logits[start:stop], np.where(logged, labels, 0))
-        values, seen = np.zeros((trials, n, K, features.shape[-1])), np.zeros((trials, n, K))
-        step, trial = np.nonzero(logged)
-        at = (trial, step, labels[step, trial])
-        values[at], seen[at] = features[step, trial], 1.0
-        return values, seen
+        labels = self.labels[:, start:stop]
+        features = of_samples(self.logits[:, start:stop], labels.clip(min=0))
+        seen = (labels[..., None] == np.arange(self.n_classes)).astype(float)
+        return seen[..., None] * features[:, :, None, :], seen
 
     def subset(self, chosen: Int[np.ndarray, " n"]) -> Observations:
         """The observations of these trials only; cells that they leave empty are filled in time."""
         trials = None if self.trials is None else self.trials[chosen]
-        logits = None if self.logits is None else self.logits[:, chosen]
-        labels = None if self.labels is None else self.labels[:, chosen]
+        logits = None if self.logits is None else self.logits[chosen]
+        labels = None if self.labels is None else self.labels[chosen]
         means, filled = _filled(_means(trials, logits, labels, self.class_means.shape), self.t)
         return replace(self, class_means=means, filled=filled, trials=trials, logits=logits, labels=labels)
 
     def within_variance(self) -> Float[np.ndarray, "T K"]:
         """Variance, per coordinate, of single samples about the mean of their class; NaN unless they were logged."""
-        shape = self.class_means.shape
         if self.logits is None or self.labels is None:
-            return np.full(shape[:2], np.nan)
-        counts, sums = np.zeros(shape[:2]), np.zeros(shape[:2])
-        for k in range(self.n_classes):
-            own = self.labels == k
-            counts[:, k] = own.sum(1)
-            deviation = np.where(own[..., None], self.logits - _cell_mean(self.logits, own)[:, None], 0.0)
-            sums[:, k] = np.einsum("trj,trj->t", deviation, deviation) / shape[2]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(counts > 1, sums / (counts - 1), np.nan)
+            return np.full(self.class_means.shape[:2], np.nan)
+        return self._sample_variance.mean(axis=2)
 
     def standard_error(self) -> Float[np.ndarray, "T K p"]:
         """Standard error of the class means over the trials; NaN with fewer than two of them in a cell."""
-        out = np.full(self.class_means.shape, np.nan)
         if self.trials is not None:
-            seen = (~np.isnan(self.trials[..., 0])).sum(0)[..., None]
-            spread = np.nanstd(np.where(seen > 1, self.trials, 0.0), axis=0, ddof=1) if len(self.trials) > 1 else out
-            return np.where(seen > 1, spread / np.sqrt(np.maximum(seen, 1)), np.nan)
-        if self.logits is None or self.labels is None:
-            return out
-        for k in range(self.n_classes):
-            own = self.labels == k
-            count = own.sum(1)[:, None]
-            deviation = np.where(own[..., None], self.logits - _cell_mean(self.logits, own)[:, None], 0.0)
-            variance = (deviation**2).sum(1) / np.maximum(count - 1, 1)
-            out[:, k] = np.where(count > 1, np.sqrt(variance / np.maximum(count, 1)), np.nan)
-        return out
+            seen = ~np.isnan(self.trials[..., :1])
+            count = seen.sum(axis=0)
+            squares = (np.where(seen, self.trials - self.class_means, 0.0) ** 2).sum(axis=0)
+            return np.sqrt(np.where(count > 1, squares / np.maximum(count * (count - 1), 1), np.nan))
+        if self.labels is None:
+            return np.full(self.class_means.shape, np.nan)
+        count = _Cells(self.labels, self.n_classes).count[..., None]
+        return np.sqrt(self._sample_variance / np.maximum(count, 1))
+
+    @cached_property
+    def _sample_variance(self) -> Float[np.ndarray, "T K p"]:
+        assert self.logits is not None and self.labels is not None
+        cells = _Cells(self.labels, self.n_classes)
+        steps = np.arange(len(self.t))
+        squares = cells.sums((self.logits - self.class_means[steps, self.labels.clip(min=0)]) ** 2)
+        count = cells.count[..., None]
+        return np.where(count > 1, squares / np.maximum(count - 1, 1), np.nan)
+
+
+class _Cells:
+    """Sums over the trials that showed a class at a step."""
+
+    def __init__(self, labels: Int[np.ndarray, "trials T"], n_classes: int) -> None:
+        self.logged = labels != ABSENT
+        self.shape = (labels.shape[1], n_classes)
+        self.cell = (np.arange(labels.shape[1]) * n_classes + labels)[self.logged]
+        self.count = np.bincount(self.cell, minlength=self.shape[0] * n_classes).reshape(self.shape)
+
+    def sums(self, values: Float[np.ndarray, "trials T p"]) -> Float[np.ndarray, "T K p"]:
+        """Sum of each coordinate over every cell."""
+        size = self.shape[0] * self.shape[1]
+        rows = [np.bincount(self.cell, values[..., j][self.logged], size) for j in range(values.shape[2])]
+        return np.stack(rows, axis=-1).reshape(*self.shape, -1)
 
 
 def observe(
@@ -167,7 +176,8 @@ def observe(
         else:
             log, label = _logs(logits, labels)
             times = _times(t, len(log))
-    shape = trials.shape[1:] if trials is not None else (*log.shape[::2], log.shape[2])  # pyright: ignore
+        log, label = (np.ascontiguousarray(x.swapaxes(0, 1)) for x in (log, label))  # trials first, as resampled
+    shape = trials.shape[1:] if trials is not None else (log.shape[1], log.shape[2], log.shape[2])  # pyright: ignore
     if shape[1] < 2:
         raise InputError(
             expected="at least 2 classes", got=f"K = {shape[1]}", do="local elasticity compares classes: pass more"
@@ -175,7 +185,7 @@ def observe(
     means = _means(trials, log, label, shape)
     filled_means, filled = _filled(means, times)
     if len(filled):
-        _check_empty(means, filled, missing, times, 0 if label is None else label.shape[1])
+        _check_empty(means, filled, missing, times, 0 if label is None else len(label))
     path = trials is not None and len(trials) == 1
     return Observations(times, filled_means, filled, None if path else trials, log, label)
 
@@ -202,6 +212,8 @@ def _class_means(x: Any) -> Float[np.ndarray, "trials T K p"]:
             got=f"shape {x.shape}",
             do="put time before classes before coordinates, and trials first",
         )
+    if np.isfinite(x).all():
+        return x
     empty = np.isnan(x)
     bad = np.isinf(x) | (empty & ~empty.all(-1, keepdims=True))
     if bad.any():
@@ -228,9 +240,8 @@ def _logs(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked(z: np.ndarray, y: np.ndarray, where: Callable[[np.ndarray], str]) -> np.ndarray:
     """The labels as integers, after a look at every number."""
-    bad = ~np.isfinite(z).all(-1)
-    if bad.any():
-        at = np.argwhere(bad)[0]
+    if not np.isfinite(z).all():
+        at = np.argwhere(~np.isfinite(z).all(-1))[0]
         raise InputError(
             expected="finite logits",
             got=f"{z[tuple(at)]} at {where(at)}",
@@ -298,24 +309,20 @@ def _times(t: Any, n: int) -> Float[np.ndarray, " T"]:
     return times
 
 
-def _cell_mean(logits: np.ndarray, own: np.ndarray) -> Float[np.ndarray, "T K"]:
-    """Mean over the trials marked, NaN at steps that have none."""
-    count = own.sum(1)[:, None]
-    total = np.einsum("tr,trj->tj", own.astype(float), logits)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _means(
     trials: np.ndarray | None, logits: np.ndarray | None, labels: np.ndarray | None, shape: tuple[int, ...]
 ) -> Float[np.ndarray, "T K p"]:
     if trials is not None:
+        plain = trials.mean(axis=0)
+        if not np.isnan(plain).any():
+            return plain
         seen = ~np.isnan(trials[..., :1])
-        if seen.all():
-            return trials.mean(0)
         count = seen.sum(0)
         return np.where(count > 0, np.where(seen, trials, 0.0).sum(0) / np.maximum(count, 1), np.nan)
     assert logits is not None and labels is not None
-    return np.stack([_cell_mean(logits, labels == k) for k in range(shape[1])], axis=1)
+    cells = _Cells(labels, shape[1])
+    count = cells.count[..., None]
+    return np.where(count > 0, cells.sums(logits) / np.maximum(count, 1), np.nan)
 
 
 def _filled(means: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

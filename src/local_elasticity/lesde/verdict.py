@@ -12,6 +12,7 @@ from local_elasticity.lesde.tail import TailExponent
 if TYPE_CHECKING:
     from local_elasticity.lesde.estimate import Fit
 
+DIED_OUT = 0.05  # share of the variance added over the last half, below which noise has died out
 Word = Literal["separable", "not separable", "undecided"]
 
 
@@ -80,9 +81,10 @@ def _noise(fit: Fit) -> str:
     spread = np.nanmean(fit.within_variance[known][-1])
     pairs = np.triu_indices(fit.n_classes, 1)
     nearest = np.linalg.norm(X[:, None] - X[None], axis=-1)[pairs].min()
-    apart = f"Now the nearest class means stand {nearest / np.sqrt(max(spread, 1e-300)):.3g} within-class standard deviations apart"
-    half = len(fit.t) // 2
-    late = np.nansum(fit.sigma2[half:]) / max(np.nansum(fit.sigma2), 1e-300)
-    if late < 0.05:
-        return f"{apart}; the noise has died out (the last half adds {late:.0%} of it), where the 1/t boundary does not apply"
-    return f"{apart}, and the noise goes on ({late:.0%} of it in the last half)"
+    distances = nearest / np.sqrt(max(spread, 1e-300))
+    apart = f"Now the nearest class means stand {distances:.3g} within-class standard deviations apart"
+    times, sigma2 = fit.t[len(fit.t) // 2 :], fit.sigma2[len(fit.t) // 2 :]
+    late = float(np.trapezoid(sigma2, times)) / max(spread, 1e-300)
+    if late < DIED_OUT:
+        return f"{apart}, and no more noise is added (the last half of the time added {max(late, 0):.0%} of the variance)"
+    return f"{apart}, and noise goes on (the last half of the time added {late:.0%} of the variance)"
