@@ -19,8 +19,9 @@ from local_elasticity.lesde.comparison import Comparison, HeldOut, compare, held
 from local_elasticity.lesde.estimators import Estimator, get_estimator
 from local_elasticity.lesde.model import LESDE
 from local_elasticity.lesde.observations import Missing, Observations, array, observe
+from local_elasticity.lesde.resampling import percentiles
 from local_elasticity.lesde.smoothing import LocalQuadratic, check_window, choose_window
-from local_elasticity.lesde.tail import TailExponent, TailMethod, tail_exponent
+from local_elasticity.lesde.tail import TailExponent, TailMethod, reading, tail_exponent
 from local_elasticity.lesde.verdict import Verdict, judge
 
 if TYPE_CHECKING:
@@ -147,12 +148,14 @@ class Fit:
                 got=f"{quantity!r} from {start} to {stop}",
                 do="choose a stretch inside the record",
             )
-        weights = _average_weights(self.t, start, stop)
-        value = float(weights @ _filled(getattr(self, quantity)[None], self.t)[0])
-        draws = self.draws(quantity)
-        if draws is None:
+        width = min(self.window, len(self.t))
+        weights = (reading(self.t, stop, width) - reading(self.t, start, width)) / (stop - start)
+        A, B = _filled(np.stack([self.A, self.B]), self.t)
+        pick = {"alpha": lambda a, b: a, "beta": lambda a, b: b, "gap": lambda a, b: a - b}[quantity]
+        value = float(pick(A, B) @ weights)
+        if self._draws is None:
             return Average(value, np.nan, np.nan)
-        low, high = _percentiles((draws @ weights)[:, None], self.confidence)
+        low, high = percentiles((pick(*self._draws) @ weights)[:, None], self.confidence, self.n_trials)
         return Average(value, float(low[0]), float(high[0]))
 
     def tail(self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap"] = "alpha") -> TailExponent:
@@ -175,7 +178,13 @@ class Fit:
             draws = {"alpha": A, "beta": B}.get(quantity)
             draws = A - B if draws is None else draws
         return tail_exponent(
-            self.t, integral[quantity][1], draws, method=method, window=self.window, confidence=self.confidence
+            self.t,
+            integral[quantity][1],
+            draws,
+            method=method,
+            window=self.window,
+            confidence=self.confidence,
+            trials=self.n_trials,
         )
 
     def verdict(self) -> Verdict:
@@ -353,7 +362,7 @@ def estimate(
         B=B,
         alpha=alpha,
         beta=beta,
-        intervals=_intervals(draws, smooth, confidence, T),
+        intervals=_intervals(draws, smooth, confidence, data.n_trials),
         no_interval=no_interval,
         confidence=confidence,
         window=width,
@@ -429,29 +438,15 @@ def _bootstrap(
 
 
 def _intervals(
-    draws: tuple[np.ndarray, np.ndarray] | None, smooth: LocalQuadratic, confidence: float, T: int
+    draws: tuple[np.ndarray, np.ndarray] | None, smooth: LocalQuadratic, confidence: float, trials: int
 ) -> dict[str, tuple[Series, Series]]:
     if draws is None:
-        nothing = np.full(T, np.nan)
+        nothing = np.full(smooth.n, np.nan)
         return dict.fromkeys(QUANTITIES, (nothing, nothing))
     A, B = draws
     alpha, beta = smooth.slope(A), smooth.slope(B)
     series = {"A": A, "B": B, "alpha": alpha, "beta": beta, "gap": alpha - beta}
-    return {name: _percentiles(values, confidence) for name, values in series.items()}
-
-
-def _percentiles(draws: Float[np.ndarray, "b T"], confidence: float) -> tuple[Series, Series]:
-    """Percentile interval over the draws, interpolated between order statistics; NaN where a draw is."""
-    ordered = np.array(draws.T, order="C")
-    ordered.sort(axis=1)
-    ends = []
-    for share in ((1 - confidence) / 2, (1 + confidence) / 2):
-        place = share * (len(draws) - 1)
-        below = min(int(place), len(draws) - 2)
-        ends.append(ordered[:, below] + (place - below) * (ordered[:, below + 1] - ordered[:, below]))
-    broken = np.isnan(ordered[:, -1])
-    low, high = (np.where(broken, np.nan, end) for end in ends)
-    return low, high
+    return {name: percentiles(values, confidence, trials) for name, values in series.items()}
 
 
 # --- windows -----------------------------------------------------------------------------------------------------
@@ -618,20 +613,6 @@ def _filled(series: Float[np.ndarray, "m T"], t: Series) -> Float[np.ndarray, "m
         if not gone.all():
             out[row, gone] = np.interp(t[gone], t[~gone], series[row, ~gone])
     return out
-
-
-def _average_weights(t: Series, start: float, stop: float) -> Series:
-    """Weights of the values at t in the average, over a stretch, of their linear interpolation."""
-    knots = np.unique(np.concatenate([[start, stop], t[(t > start) & (t < stop)]]))
-    share = np.zeros(len(knots))
-    share[:-1] += np.diff(knots) / 2
-    share[1:] += np.diff(knots) / 2
-    left = np.clip(np.searchsorted(t, knots, side="right") - 1, 0, len(t) - 2)
-    right = (knots - t[left]) / (t[left + 1] - t[left])
-    weights = np.zeros(len(t))
-    np.add.at(weights, left, share * (1 - right))
-    np.add.at(weights, left + 1, share * right)
-    return weights / (stop - start)
 
 
 def _within_variance(data: Observations, given: Any) -> Float[np.ndarray, "T K"]:

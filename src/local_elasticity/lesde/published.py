@@ -91,11 +91,12 @@ def derivative(series: Series, window: int) -> Series:
 def tail_index(series: Series, last: int = TAIL) -> Float[np.ndarray, "*b"]:
     """The published tail index of A or B: 1 - mean of log(series) / log(m + 1) over the last iterations.
 
-    It is a level, not a slope: it falls below 1 as soon as the series ends above 1.
+    It is a level, not a slope: it falls below 1 as soon as the series ends above 1. Iteration 0, whose log(m + 1) is 0,
+    is left out of shorter series.
     """
     n = series.shape[-1]
-    tail = series[..., max(0, n - last) :]
-    m = np.arange(n)[max(0, n - last) :]
+    m = np.arange(max(1, n - last), n)
+    tail = series[..., m]
     flipped = np.where(((tail < 0).sum(-1, keepdims=True) > tail.shape[-1] / 2), -tail, tail)
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

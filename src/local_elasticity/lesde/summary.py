@@ -23,7 +23,8 @@ TAILS = ("dyadic", "loglog", "official")
 def summarise(fit: Fit) -> dict[str, Any]:
     """Everything worth a line: A and B at the end, average rates, tails, verdict, agreement, warnings."""
     verdict = fit.verdict()
-    peak = int(np.nanargmax(fit.alpha)) if np.isfinite(fit.alpha).any() else 0
+    inside = slice(fit.window // 2, len(fit.t) - fit.window // 2)  # at the ends slopes are uncertain
+    peak = int(np.argmax(fit.alpha[inside])) + fit.window // 2
     found: dict[str, Any] = {
         "model": fit.model,
         "estimator": fit.estimator,

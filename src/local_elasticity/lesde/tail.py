@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.lesde import published
+from local_elasticity.lesde.resampling import percentiles
 
 TailMethod = Literal["dyadic", "loglog", "official"]
 Draws = Float[np.ndarray, "b T"]
@@ -61,6 +62,7 @@ def tail_exponent(
     method: TailMethod = "dyadic",
     window: int = 5,
     confidence: float = 0.95,
+    trials: int = 0,
 ) -> TailExponent:
     """The exponent r of a rate that decays like t^-r, from its integral.
 
@@ -71,6 +73,7 @@ def tail_exponent(
         method: "dyadic", "loglog" or "official".
         window: points over which the integral may be smoothed at the ends of blocks.
         confidence: coverage of the interval.
+        trials: how many trials were resampled.
 
     Raises:
         InputError: for an unknown method.
@@ -88,7 +91,7 @@ def tail_exponent(
             undefined = f"no interval: undefined in {(~known).mean():.0%} of the resamples"
             reason = f"{reason}; {undefined}" if reason else undefined
         else:
-            low, high = (float(q) for q in np.quantile(resampled[known], [(1 - confidence) / 2, (1 + confidence) / 2]))
+            low, high = (float(end[0]) for end in percentiles(resampled[known][:, None], confidence, trials))
     return TailExponent(method, value, low, high, reason, *blocks)
 
 
@@ -102,10 +105,11 @@ def _dyadic(t: np.ndarray, rows: np.ndarray, window: int) -> tuple:
     if count < 2 or np.isnan(rows[0]).any():
         return nothing, "fewer than two octaves with four times each" if count < 2 else "its integral is unknown"
     edges = np.stack(
-        [rows @ _reading(t, ends[j], min(window, inside[min(j, count - 1)] // 2)) for j in range(count + 1)], axis=1
+        [rows @ reading(t, ends[j], min(window, inside[min(j, count - 1)] // 2)) for j in range(count + 1)], axis=1
     )
     averages = (edges[:, :-1] - edges[:, 1:]) / (ends[:-1] - ends[1:])[:count]
-    ends = ends[:count]
+    count = _clear(averages)
+    averages, ends = averages[:, :count], ends[:count]
     used, reason = _decaying(np.abs(averages[0]))
     signs = np.sign(averages[:, used])
     same = (signs == signs[:, :1]).all(axis=1) & (signs[:, 0] != 0)
@@ -120,6 +124,15 @@ def _dyadic(t: np.ndarray, rows: np.ndarray, window: int) -> tuple:
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = _slope(np.log(ends[used]), np.log(np.abs(averages[:, used])))
     return np.where(same, -slopes, np.nan), reason, *blocks
+
+
+def _clear(averages: np.ndarray) -> int:
+    """How many blocks to look at: early ones that are lost in noise, beyond the fewest needed, are left out."""
+    if len(averages) < 3:
+        return averages.shape[1]
+    lost = np.abs(averages[0]) < 3 * np.nanstd(averages[1:], axis=0, ddof=1)
+    lost[:FEWEST] = False
+    return int(np.argmax(lost)) if lost.any() else averages.shape[1]
 
 
 def _decaying(size: np.ndarray) -> tuple[np.ndarray, str]:
@@ -137,7 +150,7 @@ def _decaying(size: np.ndarray) -> tuple[np.ndarray, str]:
     return used, "" if used.sum() >= FEWEST else f"from {used.sum()} octaves only"
 
 
-def _reading(t: np.ndarray, at: float, width: int) -> np.ndarray:
+def reading(t: np.ndarray, at: float, width: int) -> np.ndarray:
     """Weights that read a series off at a time between its points, by a quadratic through those around it."""
     width = max(3, width | 1)
     middle = int(np.argmin(np.abs(t - at)))
@@ -169,6 +182,8 @@ def _loglog(t: np.ndarray, rows: np.ndarray, window: int) -> tuple:
 def _official(t: np.ndarray, rows: np.ndarray, window: int) -> tuple:
     """The published index, by iteration number."""
     reason = "a level, not an exponent"
+    if len(t) <= published.TAIL:
+        reason += f"; of {len(t)} iterations where the authors take the last {published.TAIL}"
     if not np.array_equal(t, np.arange(len(t))):
         reason += "; counts iterations by position, and these times are others"
     return published.tail_index(rows), reason

@@ -42,7 +42,7 @@ def judge(fit: Fit) -> Verdict:
     """
     exponent = fit.tail("dyadic", "gap")
     low, high, r = exponent.low, exponent.high, exponent.value
-    seen = f"alpha - beta decays like t^-{r:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+    seen = f"alpha - beta goes like t^{-r:.2f}" + ("" if np.isnan(low) else f" [{-high:.2f}, {-low:.2f}]")
     grown, decayed = _growth(fit)
     word: Word = "undecided"
     if decayed:

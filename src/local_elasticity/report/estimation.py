@@ -53,10 +53,10 @@ def rate_curves(fit: Fit, *, width: float = 3.6) -> Figure:
             axis.plot(fit.t[at], curve[at], color=colour, linestyle=line, linewidth=1.2, label=names.get(name, name))
             if np.isfinite(low).any():
                 axis.fill_between(fit.t[at], low[at], high[at], color=colour, alpha=0.25, linewidth=0)
-        axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
         _finish(axis, label, log=False)
         _legend_above(axis, width)
-    if beneath.lines:
+        axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    if np.isfinite(fit.alpha).any():
         _without_spikes(beneath, [fit.alpha, fit.beta])
     beneath.set_xlabel("training step", fontsize=SMALL)
     band = f"{fit.confidence:.0%} bands from {fit.n_trials} trials" if not fit.no_interval else "no bands: no trials"
@@ -127,7 +127,7 @@ def tail_decay(fit: Fit, *, width: float = 3.6) -> Figure:
             continue
         size = np.abs(tail.averages)
         name = "alpha" if quantity == "alpha" else "alpha - beta"
-        slope = f"t^-{tail.value:.2f}" if np.isfinite(tail.value) else "no exponent"
+        slope = f"$t^{{{-tail.value:.2f}}}$" if np.isfinite(tail.value) else "no exponent"
         middle = tail.times / np.sqrt(2)
         axis.plot(middle, size, mark, color=colour, ms=4, mfc="none", label=f"{name}: {slope}")
         axis.plot(middle[tail.used], size[tail.used], mark, color=colour, ms=4)
@@ -140,6 +140,11 @@ def tail_decay(fit: Fit, *, width: float = 3.6) -> Figure:
     if drawn:
         axis.set_xscale("log")
         axis.set_yscale("log")
+        ticks = 10.0 ** np.arange(-9, 10)[:, None] * np.array([1, 2, 5])
+        low, high = axis.get_xlim()
+        shown = ticks[(ticks >= low) & (ticks <= high)]
+        axis.set_xticks(shown, labels=[f"{x:g}" for x in shown])
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=SMALL, frameon=False)
     else:
         axis.text(0.5, 0.5, fit.tail("dyadic").reason, transform=axis.transAxes, ha="center", fontsize=SMALL, wrap=True)
