@@ -506,7 +506,9 @@ def estimate(
             seed=seed,
         )
     summary = print_summary(fit, console)
-    folder = out or (recording / "estimate" if recording.is_dir() else recording.with_name(f"{recording.stem}-estimate"))
+    folder = out or (
+        recording / "estimate" if recording.is_dir() else recording.with_name(f"{recording.stem}-estimate")
+    )
     if folder.exists() and not folder.is_dir():
         raise InputError(expected="a folder for the estimates", got=f"a file, {folder}", do="choose another --out")
     path = write_summary(fit, summary, folder)

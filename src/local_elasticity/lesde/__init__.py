@@ -5,4 +5,15 @@ from local_elasticity.lesde.drift import DRIFTS, Drift, Modes, register, simplex
 from local_elasticity.lesde.estimate import Fit, estimate
 from local_elasticity.lesde.model import LESDE
 
-__all__ = ["DRIFTS", "LESDE", "Drift", "Fit", "ImpactMatrix", "Modes", "estimate", "impact_matrix", "register", "simplex"]
+__all__ = [
+    "DRIFTS",
+    "LESDE",
+    "Drift",
+    "Fit",
+    "ImpactMatrix",
+    "Modes",
+    "estimate",
+    "impact_matrix",
+    "register",
+    "simplex",
+]

@@ -132,8 +132,8 @@ def compare(
     with np.errstate(divide="ignore", invalid="ignore"):
         scalar = float(observed[-tail:, k, j].mean() / predicted[-tail:, k, j].mean())
         best = float((observed * predicted).sum() / (predicted**2).sum())
-    agreements = [_agreement(observed, c * predicted, widths, tail) for c in (1.0, scalar, best)]
-    return Comparison(*agreements, scalar, best, band, predicted, observed, widths)
+    plain, rescaled, fitted = (_agreement(observed, c * predicted, widths, tail) for c in (1.0, scalar, best))
+    return Comparison(plain, rescaled, fitted, scalar, best, band, predicted, observed, widths)
 
 
 def _bands(
@@ -203,7 +203,7 @@ def held_out(fit: Fit, folds: int = 5, seed: int = 0) -> dict[str, HeldOut]:
         part = Observations(data.t[seen], data.class_means[seen], np.empty((0, 2), dtype=np.int64))
         pairs, of = [(part, data)], "every second time"
     K, p = data.class_means.shape[1:]
-    models = ("isotropic", "logits") if K == p else ("isotropic",)
+    models = ("isotropic", "logits") if p == K else ("isotropic",)
     return {model: _held_out(model, pairs, known, of, fit) for model in models}
 
 

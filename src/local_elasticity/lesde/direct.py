@@ -146,7 +146,7 @@ def impact_matrix(
     rows = [np.flatnonzero(sources == c) for c in classes]
     columns = [np.flatnonzero(targets == c) for c in classes]
     ones = ([np.ones((1, r.size)) for r in rows], [np.ones((1, c.size)) for c in columns])
-    weak = {l for l, r in enumerate(rows) if np.sqrt(size[r].mean()) < CLEAR * noise or not size[r].any()}
+    weak = {at for at, r in enumerate(rows) if np.sqrt(size[r].mean()) < CLEAR * noise or not size[r].any()}
     values = _matrices(moved, size, rows, columns, *ones, weak)[0]
     drawn = _draws(rows, columns, n_boot, seed)
     boot = _matrices(moved, size, rows, columns, *drawn, weak) if n_boot else np.empty((0, *values.shape))
@@ -182,7 +182,7 @@ def impact_matrix(
 
 
 def _regressors(before: np.ndarray, labels: np.ndarray, drift: str, outputs: str) -> Float[np.ndarray, "s j"]:
-    """v = H f(x) of each source."""
+    """V = H f(x) of each source."""
     if drift == "isotropic":
         return before
     if drift != "logits":
@@ -219,13 +219,13 @@ def _matrices(
 ) -> Float[np.ndarray, "b k k"]:
     """E of every resample, [moved class, class stepped on]."""
     out = np.full((len(source_weights[0]), len(columns), len(rows)), np.nan)
-    for l, (r, w) in enumerate(zip(rows, source_weights, strict=True)):
-        if l in weak:
+    for source, (r, w) in enumerate(zip(rows, source_weights, strict=True)):
+        if source in weak:
             continue
         sums, squares = w @ moved[r], w @ size[r]
         for k, (c, u) in enumerate(zip(columns, target_weights, strict=True)):
             with np.errstate(invalid="ignore", divide="ignore"):
-                out[:, k, l] = np.einsum("bt,bt->b", sums[:, c], u) / (squares * u.sum(axis=1))
+                out[:, k, source] = np.einsum("bt,bt->b", sums[:, c], u) / (squares * u.sum(axis=1))
     return out
 
 
@@ -267,15 +267,15 @@ def _reasons(
 ) -> dict[tuple[int, int], str]:
     reasons = {}
     for k in range(len(classes)):
-        for l in range(len(classes)):
-            cell = (int(classes[k]), int(classes[l]))
-            if l in weak:
+        for source in range(len(classes)):
+            cell = (int(classes[k]), int(classes[source]))
+            if source in weak:
                 reasons[cell] = (
-                    f"outputs of the sources of class {classes[l]} along the drift are below {CLEAR} times the noise "
+                    f"outputs of the sources of class {classes[source]} along the drift are below {CLEAR} times the noise "
                     f"floor ({noise:.1e}): nothing to divide by"
                 )
             elif n_boot < 2:
                 reasons[cell] = "no interval: n_boot below 2"
-            elif single[k, l]:
+            elif single[k, source]:
                 reasons[cell] = "no interval: a class with one probe"
     return reasons

@@ -155,7 +155,9 @@ class Fit:
         value = float(pick(A, B) @ weights)
         if self._draws is None:
             return Average(value, np.nan, np.nan)
-        low, high = percentiles((pick(*self._draws) @ weights)[:, None], self.confidence, self.n_trials)
+        low, high = percentiles(
+            (pick(*self._draws) @ weights)[:, None], np.array([value]), self.confidence, self.n_trials
+        )
         return Average(value, float(low[0]), float(high[0]))
 
     def tail(self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap"] = "alpha") -> TailExponent:
@@ -230,7 +232,8 @@ class Fit:
             known = np.isfinite(self.sigma2)
             sigma = (self.t, np.sqrt(self.sigma2.clip(min=0))) if known.all() else 0.0
         return LESDE(
-            *pair,
+            pair[0],
+            pair[1],
             self.n_classes,
             self.model,
             sigma,
@@ -243,7 +246,9 @@ class Fit:
         rows = self.within_variance[: self.baseline_window]
         return float(np.nanmean(rows)) if np.isfinite(rows).any() else float("nan")
 
-    def compare(self, observed: Any = None, *, rates: Literal["exact", "smooth"] = "smooth", **options: Any) -> Comparison:
+    def compare(
+        self, observed: Any = None, *, rates: Literal["exact", "smooth"] = "smooth", **options: Any
+    ) -> Comparison:
         """How the model that was estimated agrees with class means (T, K, p) at the same times; see ``comparison``.
 
         Args:
@@ -350,6 +355,7 @@ def estimate(
         )
     smooth = LocalQuadratic(data.t, width)
     alpha, beta = smooth.slope(_filled(np.stack([A, B]), data.t))
+    found = {"A": A, "B": B, "alpha": alpha, "beta": beta, "gap": alpha - beta}
     variance = _within_variance(data, within_variance)
     notes, signs, clarity = _identifiability(rule, features, start, base, pilot, data, model)
     for note in notes:
@@ -362,7 +368,7 @@ def estimate(
         B=B,
         alpha=alpha,
         beta=beta,
-        intervals=_intervals(draws, smooth, confidence, data.n_trials),
+        intervals=_intervals(found, draws, smooth, confidence, data.n_trials),
         no_interval=no_interval,
         confidence=confidence,
         window=width,
@@ -438,15 +444,15 @@ def _bootstrap(
 
 
 def _intervals(
-    draws: tuple[np.ndarray, np.ndarray] | None, smooth: LocalQuadratic, confidence: float, trials: int
+    found: dict[str, Series], draws: tuple[np.ndarray, np.ndarray] | None, smooth: LocalQuadratic, *how: Any
 ) -> dict[str, tuple[Series, Series]]:
+    """Intervals of A, B, alpha, beta and the gap, from the draws of A and B."""
     if draws is None:
         nothing = np.full(smooth.n, np.nan)
         return dict.fromkeys(QUANTITIES, (nothing, nothing))
-    A, B = draws
-    alpha, beta = smooth.slope(A), smooth.slope(B)
-    series = {"A": A, "B": B, "alpha": alpha, "beta": beta, "gap": alpha - beta}
-    return {name: percentiles(values, confidence, trials) for name, values in series.items()}
+    alpha, beta = (smooth.slope(x) for x in draws)
+    drawn = (*draws, alpha, beta, alpha - beta)
+    return {name: percentiles(x, found[name], *how) for name, x in zip(QUANTITIES, drawn, strict=True)}
 
 
 # --- windows -----------------------------------------------------------------------------------------------------
@@ -638,5 +644,6 @@ def _noise(t: Series, variance: Float[np.ndarray, "T K"], smooth: LocalQuadratic
         return np.full(len(t), np.nan)
     from scipy.optimize import isotonic_regression
 
-    pooled = _filled(np.where(known, np.nanmean(np.where(known[:, None], variance, 0.0), axis=1), np.nan)[None], t)[0]
-    return smooth.slope(isotonic_regression(pooled).x)
+    pooled = np.full(len(t), np.nan)
+    pooled[known] = np.nanmean(variance[known], axis=1)
+    return smooth.slope(np.asarray(isotonic_regression(_filled(pooled[None], t)[0])["x"]))

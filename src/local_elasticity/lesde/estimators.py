@@ -127,7 +127,9 @@ _ISOTROPIC = (("A - B", "A + (K-1) B"), _from_isotropic, _to_isotropic)
 _LOGITS = (("A - B", "A + B/(K-1)"), _from_logits, _to_logits)
 
 
-def _estimator(features: tuple[Callable, Callable], modes: Callable, model: tuple, rates: Callable | None = None) -> Estimator:
+def _estimator(
+    features: tuple[Callable, Callable], modes: Callable, model: tuple, rates: Callable | None = None
+) -> Estimator:
     names, combine, split = model
     return Estimator(*features, modes, names, rates or _by_length(modes, combine), combine, split)
 

@@ -73,7 +73,8 @@ class Observations:
             if seen.all():
                 return features, None
             return np.where(seen[..., None], features, 0.0), seen.astype(float)
-        assert self.logits is not None and self.labels is not None
+        assert self.logits is not None
+        assert self.labels is not None
         labels = self.labels[:, start:stop]
         features = of_samples(self.logits[:, start:stop], labels.clip(min=0))
         seen = (labels[..., None] == np.arange(self.n_classes)).astype(float)
@@ -107,7 +108,8 @@ class Observations:
 
     @cached_property
     def _sample_variance(self) -> Float[np.ndarray, "T K p"]:
-        assert self.logits is not None and self.labels is not None
+        assert self.logits is not None
+        assert self.labels is not None
         cells = _Cells(self.labels, self.n_classes)
         steps = np.arange(len(self.t))
         squares = cells.sums((self.logits - self.class_means[steps, self.labels.clip(min=0)]) ** 2)
@@ -319,7 +321,8 @@ def _means(
         seen = ~np.isnan(trials[..., :1])
         count = seen.sum(0)
         return np.where(count > 0, np.where(seen, trials, 0.0).sum(0) / np.maximum(count, 1), np.nan)
-    assert logits is not None and labels is not None
+    assert logits is not None
+    assert labels is not None
     cells = _Cells(labels, shape[1])
     count = cells.count[..., None]
     return np.where(count > 0, cells.sums(logits) / np.maximum(count, 1), np.nan)

@@ -82,10 +82,10 @@ def _logit_modes(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def derivative(series: Series, window: int) -> Series:
-    """alpha or beta: the first derivative, an iteration being one unit of time."""
+    """Alpha or beta: the first derivative, an iteration being one unit of time."""
     from scipy.signal import savgol_filter
 
-    return savgol_filter(series, window, 2, deriv=1, delta=1.0, axis=-1)
+    return np.asarray(savgol_filter(series, window, 2, deriv=1, delta=1.0, axis=-1))
 
 
 def tail_index(series: Series, last: int = TAIL) -> Float[np.ndarray, "*b"]:

@@ -82,7 +82,9 @@ def _npz(path: Path) -> Recording:
         raise InputError(expected=FORMS, got=f"nothing at {path}", do="check the path") from None
     except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(expected=FORMS, got=f"a file that cannot be read, {path}: {said}", do="write it again") from None
+        raise InputError(
+            expected=FORMS, got=f"a file that cannot be read, {path}: {said}", do="write it again"
+        ) from None
     forms = ({"class_means"}, {"logits", "labels"})
     kept = next((form for form in forms if form <= set(found)), None)
     if kept is None:

@@ -7,7 +7,7 @@ whole window, as ``scipy.signal.savgol_filter`` does by default.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -73,8 +73,10 @@ class LocalQuadratic:
         readout = self._readout[kind]
         half, size = self.window // 2, next_fast_len(self.n + self.window - 1, real=True)
         origin = y[..., :1]  # slopes do not see a constant, and the transform rounds relative to the largest value
-        product = rfft(y - origin, size) * rfft((readout[half] @ self._coefficients)[::-1], size)
-        out = irfft(product, size)[..., half : half + self.n]
+        product = np.asarray(rfft(y - origin, size)) * np.asarray(
+            rfft((readout[half] @ self._coefficients)[::-1], size)
+        )
+        out = np.asarray(irfft(product, size))[..., half : half + self.n]
         if kind == 0:
             out = out + origin
         out[..., :half] = y[..., : self.window] @ self._coefficients.T @ readout[:half].T
@@ -136,7 +138,9 @@ def choose_window(
         margin = windows[larger] // 2  # before and after, the windows are cut short by the ends
         inside = slice(margin, len(t) - margin)
         if any(
-            _differs(slopes[larger][:, inside], slopes[v][:, inside], np.broadcast_to(noises[v], series.shape)[:, inside])
+            _differs(
+                slopes[larger][:, inside], slopes[v][:, inside], np.broadcast_to(noises[v], series.shape)[:, inside]
+            )
             for v in range(larger)
         ):
             break

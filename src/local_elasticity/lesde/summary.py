@@ -97,7 +97,9 @@ def print_summary(fit: Fit, console: Console) -> dict[str, Any]:
         table.add_column(heading)
     rows: list[tuple[str, Any, Any, Any, str]] = []
     for name, integral in (("A", "alpha"), ("B", "beta")):
-        rows.append((f"{name} at the end", *found["end"][name], f"integral of {integral} from t = {fit.baseline_time:g}"))
+        rows.append(
+            (f"{name} at the end", *found["end"][name], f"integral of {integral} from t = {fit.baseline_time:g}")
+        )
     for name in ("alpha", "beta", "gap"):
         label = "alpha - beta" if name == "gap" else name
         rows.append((f"{label}, average", *found["average"][name], "over the whole record"))

@@ -91,7 +91,9 @@ def tail_exponent(
             undefined = f"no interval: undefined in {(~known).mean():.0%} of the resamples"
             reason = f"{reason}; {undefined}" if reason else undefined
         else:
-            low, high = (float(end[0]) for end in percentiles(resampled[known][:, None], confidence, trials))
+            low, high = (
+                float(end[0]) for end in percentiles(resampled[known][:, None], values[:1], confidence, trials)
+            )
     return TailExponent(method, value, low, high, reason, *blocks)
 
 

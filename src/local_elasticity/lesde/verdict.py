@@ -86,5 +86,7 @@ def _noise(fit: Fit) -> str:
     times, sigma2 = fit.t[len(fit.t) // 2 :], fit.sigma2[len(fit.t) // 2 :]
     late = float(np.trapezoid(sigma2, times)) / max(spread, 1e-300)
     if late < DIED_OUT:
-        return f"{apart}, and no more noise is added (the last half of the time added {max(late, 0):.0%} of the variance)"
+        return (
+            f"{apart}, and no more noise is added (the last half of the time added {max(late, 0):.0%} of the variance)"
+        )
     return f"{apart}, and noise goes on (the last half of the time added {late:.0%} of the variance)"

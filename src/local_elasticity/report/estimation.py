@@ -80,7 +80,7 @@ def model_and_data(fit: Fit, *, class_names: Sequence[str] | None = None, width:
     figure = _figure(width, 1.75 * rows + 0.95)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     at, dots = _thinned(len(fit.t)), _thinned(len(fit.t), 40)
-    square = K == p
+    square = p == K
     for k, axis in enumerate(axes.flat):
         if k >= shown:
             axis.set_axis_off()
@@ -101,10 +101,11 @@ def model_and_data(fit: Fit, *, class_names: Sequence[str] | None = None, width:
             axis.tick_params(labelbottom=True)
     _coordinates_legend(figure, names if square else [f"coordinate {j}" for j in range(p)], square)
     good = comparison.plain
+    bars_words = ", ±2 sd" if np.isfinite(comparison.sd).any() else ""
     _head(
         figure,
         [
-            f"Class means: observed (dots{', ±2 sd' if np.isfinite(comparison.sd).any() else ''}) and {_model(fit)} (lines)",
+            f"Class means: observed (dots{bars_words}) and {_model(fit)} (lines)",
             f"relative error {good.relative_rmse:.2g}, R² {good.r2:.3f}, nothing rescaled",
         ],
     )
