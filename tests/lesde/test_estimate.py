@@ -45,7 +45,9 @@ def logits(X0, alpha, beta, t):
 
 
 def logit_path(K, centred=True):
-    return logits(start(K, centred=centred), lambda s: 0.03 * np.exp(-s / 150), lambda s: -0.006 * np.exp(-s / 200), STEPS)
+    return logits(
+        start(K, centred=centred), lambda s: 0.03 * np.exp(-s / 150), lambda s: -0.006 * np.exp(-s / 200), STEPS
+    )
 
 
 def quietly(*args, **options):
@@ -118,8 +120,8 @@ def test_published_estimators():
 
 
 def test_magnitudes_beyond_the_square_root_of_float64():
-    fit = le.estimate(1e-200 * isotropic(start(3, centred=False), 100 * A_TRUE, B_TRUE), STEPS, "isotropic")
-    np.testing.assert_allclose(fit.A, 100 * A_TRUE, rtol=1e-10, atol=1e-8)
+    fit = le.estimate(1e-200 * isotropic(start(3, centred=False), 20 * A_TRUE, B_TRUE), STEPS, "isotropic")
+    np.testing.assert_allclose(fit.A, 20 * A_TRUE, rtol=1e-10, atol=1e-8)
 
 
 def test_uneven_times_and_tensors():
@@ -160,7 +162,7 @@ def test_logs_are_averaged_by_label_and_rows_are_the_same():
 def test_resampling_is_what_it_says(model):
     z, y = log_of(logit_path(3)[:50], 30, 0.3)
     data, rule = observe(logits=z, labels=y), ESTIMATORS[model, "defined"]
-    A, B = _bootstrap(data, rule, 3, 4, seed=5)
+    A, B = _bootstrap(data, rule, 3, 4, 5, np.nan)
     for draw, weights in enumerate(_weights(30, 4, 5)):
         again = np.repeat(np.arange(30), weights.astype(int))
         means = observe(logits=z[:, again], labels=y[:, again]).class_means
@@ -191,20 +193,21 @@ def test_empty_cells_are_named_or_filled():
 
 @pytest.mark.parametrize("model", ["logits", "isotropic"])
 def test_intervals_cover(model):
-    t = STEPS[::4]
-    A, B = A_TRUE[::4], B_TRUE[::4]
+    t = STEPS[::8]
+    A, B = A_TRUE[::8], B_TRUE[::8]
     X0 = np.array([[1.6, -0.8, -0.8], [-0.3, 0.6, -0.3], [-0.2, -0.7, 0.9]]) + (model == "isotropic") * np.arange(3) / 2
     path = le.LESDE(lambda s: 0.03 * np.exp(-s / 150), lambda s: -0.006 * np.exp(-s / 200), 3, model, 0.0, X0).mean(t)
     hits = np.zeros(4)
-    for seed in range(200):
+    sets = 300
+    for seed in range(sets):
         fit = quietly(noisy(path, 40, 0.2, seed), t, model, seed=seed)
         assert min(fit.signal_to_noise.values()) > 5
         for at, (name, truth) in enumerate((("A", A), ("B", B))):
             low, high = fit.intervals[name]
             hits[at] += low[-1] <= truth[-1] <= high[-1]
-            found = fit.average("alpha" if name == "A" else "beta", t[25], t[50])
-            hits[2 + at] += found.low <= (truth[50] - truth[25]) / (t[50] - t[25]) <= found.high
-    assert ((hits / 200 >= 0.9) & (hits / 200 <= 0.99)).all(), hits / 200
+            found = fit.average("alpha" if name == "A" else "beta", t[12], t[25])
+            hits[2 + at] += found.low <= (truth[25] - truth[12]) / (t[25] - t[12]) <= found.high
+    assert ((hits / sets >= 0.9) & (hits / sets <= 0.99)).all(), hits / sets
 
 
 # -- tails, verdict, comparison --------------------------------------------------------------------------------------

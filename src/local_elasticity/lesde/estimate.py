@@ -347,8 +347,11 @@ def estimate(
     start = features[:base].mean(axis=0, keepdims=True)
     A, B = (_finite(x) for x in rule.rates(features, start))
     draws = None
+    if any(_absent(v, start) for v in rule.modes(start)):
+        A, B = np.full(T, np.nan), np.full(T, np.nan)
+        no_interval = no_interval or "a mode is 0 at the baseline"
     if not no_interval:
-        draws = _bootstrap(data, rule, base, int(n_boot), seed)
+        draws = _bootstrap(data, rule, base, int(n_boot), seed, start)
     if width is None:
         width = choose_window(
             data.t, _filled(np.stack([A, B]), data.t), () if draws is None else [x[:_PILOT] for x in draws]
@@ -428,18 +431,26 @@ def _resampled(data: Observations, rule: Estimator, weights: np.ndarray, stop: i
 
 
 def _bootstrap(
-    data: Observations, rule: Estimator, base: int, n_boot: int, seed: int
+    data: Observations, rule: Estimator, base: int, n_boot: int, seed: int, otherwise: np.ndarray
 ) -> tuple[Float[np.ndarray, "n_boot T"], Float[np.ndarray, "n_boot T"]]:
-    """A and B of every resample of the trials; steps that a resample left empty are filled in time."""
+    """A and B of every resample of the trials; steps that a resample left empty are filled in time.
+
+    A class that a resample does not have in the baseline keeps that of all trials (``otherwise``).
+    """
     weights = _weights(data.n_trials, n_boot, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         start = np.nanmean(_resampled(data, rule, weights, base), axis=1, keepdims=True)
+    start = np.where(np.isnan(start), otherwise, start)
     draws = np.empty((2, n_boot, len(data.t)))
     per_step = data.class_means.shape[1] * data.class_means.shape[2]
     for begin, end in _stretches(data, n_boot, per_step, len(data.t)):
         draws[:, :, begin:end] = rule.rates(_means_of(data, rule, weights, begin, end), start)
-    A, B = (_filled(_finite(x), data.t) for x in draws)
+    draws = _finite(draws)
+    draws = draws[:, ~np.isnan(draws).all(axis=(0, 2))]  # a resample of one trial only never has all classes
+    if draws.shape[1] < 2:
+        draws = np.full((2, 2, len(data.t)), np.nan)
+    A, B = (_filled(x, data.t) for x in draws)
     return A, B
 
 
@@ -499,7 +510,8 @@ def _baseline_window(rule: Estimator, features: np.ndarray, pilot: np.ndarray | 
         for i, v in enumerate(modes):
             drift = _halves(v, half)
             if drawn is None:
-                noise = _serial_noise(v[: max(16, 2 * half)]) * np.sqrt(2 / half)
+                size = float(np.linalg.norm(v[:half].mean(axis=0)))
+                noise = _serial_noise(v[: max(16, 2 * half)], size) * np.sqrt(2 / half)
             else:
                 noise = np.sqrt(np.nanvar(_halves(drawn[i], half), axis=0, ddof=1).sum())
             if np.linalg.norm(drift) > DRIFTING * noise:
@@ -509,30 +521,45 @@ def _baseline_window(rule: Estimator, features: np.ndarray, pilot: np.ndarray | 
 
 
 def _halves(v: np.ndarray, half: int) -> np.ndarray:
-    """Second half minus first half of the beginning."""
-    return np.nanmean(v[..., half : 2 * half, :], axis=-2) - np.nanmean(v[..., :half, :], axis=-2)
+    """Second half minus first half of the beginning; NaN where a resample lacks one of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(v[..., half : 2 * half, :], axis=-2) - np.nanmean(v[..., :half, :], axis=-2)
 
 
-def _serial_noise(v: Float[np.ndarray, "n d"]) -> float:
-    """Size of the noise of one step, from third differences, which a smooth path does not have."""
+def _serial_noise(v: Float[np.ndarray, "n d"], size: float) -> float:
+    """Size of the noise of one step where the path has this size, from third differences, which a smooth path lacks.
+
+    They are taken relative to the length of the path there: one that grows fast is not noisy.
+    """
     third = np.diff(v, n=3, axis=0)
     if not len(third):
         return 0.0
+    local = np.linalg.norm(v, axis=1)[1:-2, None]
+    third = np.divide(size * third, local, out=np.zeros_like(third), where=local > 0)
     return float(np.sqrt(((np.median(np.abs(third), axis=0) / 0.6745) ** 2 / 20).sum()))
 
 
 def _clarity(v: Float[np.ndarray, "T d"], drawn: Float[np.ndarray, "b T d"] | None, base: int) -> float:
     """Signal to noise of a mode's baseline: its length over the length of its standard error."""
-    signal = np.linalg.norm(v[:base].mean(axis=0))
+    scale = np.abs(v[:base]).max()
+    if scale == 0:
+        return 0.0
+    signal = float(np.linalg.norm(v[:base].mean(axis=0) / scale))
     if drawn is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            noise = np.sqrt(np.nanvar(np.nanmean(drawn[:, :base], axis=1), axis=0, ddof=1).sum())
+            noise = np.sqrt(np.nanvar(np.nanmean(drawn[:, :base], axis=1) / scale, axis=0, ddof=1).sum())
     else:
-        noise = _serial_noise(v[: max(16, base)]) / np.sqrt(base)
+        noise = _serial_noise(v[: max(16, base)] / scale, signal) / np.sqrt(base)
     if signal == 0:
         return 0.0
     return float(signal / noise) if noise > 0 else float("inf")
+
+
+def _absent(v: np.ndarray, features: np.ndarray) -> bool:
+    """Whether a mode is nothing but rounding."""
+    return bool(np.abs(v).max() <= 1e-14 * np.abs(features).max())
 
 
 # --- what cannot be told -----------------------------------------------------------------------------------------
@@ -551,9 +578,9 @@ def _identifiability(
     notes, signs, clarity = [], {}, {}
     drawn = (None, None) if pilot is None else rule.modes(pilot)
     for name, v, v0, d in zip(rule.mode_names, rule.modes(features), rule.modes(start), drawn, strict=True):
-        clear = clarity[name] = _clarity(v, d, base)
+        clear = clarity[name] = 0.0 if _absent(v0, start) else _clarity(v, d, base)
         own = model == "logits" and name == "A - B"
-        sign = signs[name] = np.sign(v[:, 0] if own else v @ v0[0])
+        sign = signs[name] = np.sign(v[:, 0] if own else v @ (v0[0] / max(np.abs(v0).max(), 1e-300)))
         if clear == 0:
             notes.append(f"the mode of {name} is 0 at the baseline: its growth, and with it A and B, cannot be told")
             continue
@@ -569,7 +596,9 @@ def _identifiability(
         if (tail * first < 0).mean() > 0.5:
             notes.append(f"the mode of {name} has changed its sign by the end: the model cannot, and |·| hides it")
         if d is not None:
-            noise = np.sqrt(np.nanvar(d, axis=0, ddof=1).sum(axis=1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                noise = np.sqrt(np.nanvar(d, axis=0, ddof=1).sum(axis=1))
             lost = np.linalg.norm(v, axis=1) < FLOOR * noise
             lost[:base] = False
             if lost.mean() > 0.05:
