@@ -26,7 +26,9 @@ def start(K, seed=0, centred=True):
 def isotropic(X0, A, B):
     """The closed form of the I-model, written plainly."""
     K, mean = len(X0), X0.mean(axis=0)
-    return np.stack([mean * np.exp((a + (K - 1) * b) / K) + (X0 - mean) * np.exp((a - b) / K) for a, b in zip(A, B)])
+    return np.stack(
+        [mean * np.exp((a + (K - 1) * b) / K) + (X0 - mean) * np.exp((a - b) / K) for a, b in zip(A, B, strict=True)]
+    )
 
 
 def logits(X0, alpha, beta, t):

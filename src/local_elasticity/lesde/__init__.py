@@ -4,6 +4,7 @@ from local_elasticity.lesde.direct import ImpactMatrix, impact_matrix
 from local_elasticity.lesde.drift import DRIFTS, Drift, Modes, register, simplex
 from local_elasticity.lesde.estimate import Fit, estimate
 from local_elasticity.lesde.model import LESDE
+from local_elasticity.lesde.separability import PhaseDiagram, cover_probability, phase_diagram, separable
 
 __all__ = [
     "DRIFTS",
@@ -12,8 +13,12 @@ __all__ = [
     "Fit",
     "ImpactMatrix",
     "Modes",
+    "PhaseDiagram",
+    "cover_probability",
     "estimate",
     "impact_matrix",
+    "phase_diagram",
     "register",
+    "separable",
     "simplex",
 ]

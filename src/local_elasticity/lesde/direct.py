@@ -271,8 +271,8 @@ def _reasons(
             cell = (int(classes[k]), int(classes[source]))
             if source in weak:
                 reasons[cell] = (
-                    f"outputs of the sources of class {classes[source]} along the drift are below {CLEAR} times the noise "
-                    f"floor ({noise:.1e}): nothing to divide by"
+                    f"outputs of the sources of class {classes[source]} along the drift are below {CLEAR} times the "
+                    f"noise floor ({noise:.1e}): nothing to divide by"
                 )
             elif n_boot < 2:
                 reasons[cell] = "no interval: n_boot below 2"

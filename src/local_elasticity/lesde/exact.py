@@ -18,6 +18,7 @@ from scipy.integrate import solve_ivp
 
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.panels import Panels, cut, scan
+from local_elasticity.lesde.rates import Rate
 
 if TYPE_CHECKING:
     from local_elasticity.lesde.model import LESDE
@@ -94,6 +95,21 @@ def integral(sde: LESDE, t: Times) -> Float[np.ndarray, "3 times"]:
     return panels.cumulative(panels.rates)[:, panels.at]
 
 
+def gap_integral(sde: LESDE, t: Times) -> Times:
+    """Integral of the smallest eigenvalue of E, min(alpha - beta, alpha + (K-1) beta)."""
+    k = sde.n_classes
+
+    def lowest(time: np.ndarray) -> np.ndarray:
+        a, b = sde.alpha(time), sde.beta(time)
+        return np.minimum(a - b, a + (k - 1) * b)
+
+    knots = np.union1d(sde.alpha.knots, sde.beta.knots)
+    begin, end = max(sde.alpha.begin, sde.beta.begin), min(sde.alpha.end, sde.beta.end)
+    rate = Rate("lambda_min", lowest, knots, begin, end)
+    panels = cut((rate,), np.zeros((1, 1)), sde.start, t)
+    return panels.cumulative(panels.rates[0])[panels.at]
+
+
 def _mode_rates(sde: LESDE, panels: Panels) -> Float[np.ndarray, "exponents panels nodes"]:
     assert sde.modes is not None
     return np.tensordot(np.array(sde.modes.exponents), panels.rates[:2], 1)
@@ -155,9 +171,7 @@ def covariance(sde: LESDE, t: Times, n: int) -> Scaled:
     dense = operators(sde)
     size = sde.means.size
     values = np.zeros((t.size, size, size))
-    for a, b in itertools.product(range(len(dense)), repeat=2):
-        if dense[a] is None or dense[b] is None:
-            continue
+    for a, b in itertools.product(dense, repeat=2):
         begun = dense[a] @ _block_product(sde.initial_covariance, dense[b].T)
         spread = dense[a] @ _block_product(sde.noise.shape, dense[b].T)
         values += (first[a] * first[b])[:, None, None] * begun + moments[a, b, at][:, None, None] * spread
@@ -170,12 +184,13 @@ def _block_product(blocks: Float[np.ndarray, "k p p"], matrix: Float[np.ndarray,
     return (blocks @ matrix.reshape(k, p, -1)).reshape(matrix.shape)
 
 
-def operators(sde: LESDE) -> list[Float[np.ndarray, "kp kp"] | None]:
-    """The matrices D_a of the closed form."""
+def operators(sde: LESDE) -> dict[int, Float[np.ndarray, "kp kp"]]:
+    """The matrices D_a of the closed form that are not 0."""
     assert sde.modes is not None
     k, p = sde.means.shape
     basis = np.eye(k * p).reshape(k * p, k, p)
-    return [None if apply is None else apply(basis).reshape(k * p, k * p).T for apply in sde.modes.apply]
+    applied = {a: apply(basis) for a, apply in enumerate(sde.modes.apply) if apply is not None}
+    return {a: moved.reshape(k * p, k * p).T for a, moved in applied.items()}
 
 
 def _moments(
@@ -358,6 +373,9 @@ def transitions(sde: LESDE, t: Times) -> Transitions:
 def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     assert sde.modes is not None
     panels = _panels(sde, t)
+    size = sde.means.size
+    if panels.edges.size == 1:  # only the start is asked for
+        return Transitions(np.eye(size)[None], np.zeros((1, size, size)), np.zeros(1))
     spent = panels.cumulative(panels.rates[2])
     begins = np.append(0, panels.at[:-1])
     noise = spent[panels.at] - spent[begins]
@@ -374,8 +392,7 @@ def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     responses = np.concatenate(f)
     moments = np.where(panels.at > begins, _moments(sde, panels, first, scaled=False)[0][:, :, panels.at], 0.0)
     dense = operators(sde)
-    used = [a for a, d in enumerate(dense) if d is not None]
-    size = sde.means.size
+    used = list(dense)
     carry = np.tensordot(responses[used], np.stack([dense[a] for a in used]), (0, 0))
     pairs = list(itertools.product(used, repeat=2))
     products = np.stack([dense[a] @ _block_product(sde.noise.shape, dense[b].T) for a, b in pairs])

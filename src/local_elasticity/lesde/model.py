@@ -9,7 +9,7 @@ arXiv:2110.05960). Xbar^l is the mean of class l; the noise is independent from 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +20,11 @@ from local_elasticity.lesde.arrays import Array, Like, is_tensor, to_numpy
 from local_elasticity.lesde.drift import Modes, as_drift
 from local_elasticity.lesde.noise import as_covariances, as_noise
 from local_elasticity.lesde.rates import Kind, as_rate, combined
+
+if TYPE_CHECKING:
+    from local_elasticity.lesde.collapse import Collapse
+    from local_elasticity.lesde.sample import Keep, Method
+    from local_elasticity.lesde.separability import Gamma, Separability
 
 ActsOn = Literal["class_mean", "own"]
 
@@ -219,6 +224,122 @@ class LESDE:
         spent = exact.spent_noise(self, times)
         diagonal = [np.einsum("kpp->kp", part) for part in (self.initial_covariance, self.noise.shape)]
         return like(diagonal[0] + spent[:, None, None] * diagonal[1])
+
+    # --- paths ---------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        t: Any,
+        n_per_class: int,
+        n_paths: int,
+        seed: Any,
+        *,
+        method: Method = "exact",
+        keep: Keep | None = None,
+        step: float | None = None,
+        velocity: Any = None,
+        starts: Any = None,
+        dtype: str | None = None,
+        device: Any = None,
+        out: Any = None,
+        progress: bool = False,
+    ) -> Any:
+        """Draw paths of n samples a class: clouds (paths, T, K, n, p), class means (paths, T, K, p), or statistics.
+
+        Args:
+            t: save points, increasing.
+            n_per_class: samples a class, n.
+            n_paths: independent paths.
+            seed: a seed, a torch generator, or a NumPy generator.
+            method: "exact" (from the exact law, no step size), "discrete" (class and sample drawn at every step, as
+                the model is defined), "euler-maruyama", or "published" (the authors' recursion of class means with
+                h = 1 and no noise but that of the starts; ``n_per_class`` is not used, and each path starts from
+                ``initial`` with its whole variance).
+            keep: "clouds", "means" or "statistics" (class means and covariances within, see `Statistics`).
+            step: step size of "discrete" (1 by default) and "euler-maruyama" (a thousandth of the span).
+            velocity: for "euler-maruyama", a function of (t, class means (paths, K, p) as a tensor) that replaces the
+                drift.
+            starts: for "published", the starts (paths, K, p).
+            dtype: "float32" or "float64"; that of ``initial`` by default.
+            device: where to draw; results are then torch tensors.
+            out: for "published", an array to write into.
+            progress: show a bar, with an estimate first.
+
+        Returns:
+            An array of the kind of ``initial``, or `Statistics`.
+
+        Raises:
+            InputError: for save points that do not increase, or options that do not go together.
+        """
+        from local_elasticity.lesde.sample import sample
+
+        return sample(
+            self,
+            t,
+            n_per_class,
+            n_paths,
+            seed,
+            method=method,
+            keep=keep,
+            step=step,
+            velocity=velocity,
+            starts=starts,
+            dtype=dtype,
+            device=device,
+            out=out,
+            progress=progress,
+        )
+
+    def published_moments(self, t: Any) -> tuple[Array, Array]:
+        """Mean and standard deviation (T, K, K) of method "published" over its starts, exactly and without trials.
+
+        Args:
+            t: every step, start + arange(T).
+        """
+        from local_elasticity.lesde.sample import published_moments
+
+        return published_moments(self, t)
+
+    # --- what follows from it --------------------------------------------------------------------------------------
+
+    def separability(
+        self,
+        t: Any,
+        n_per_class: int = 50,
+        n_paths: int = 100,
+        seed: Any = 0,
+        *,
+        gamma: Gamma = "gap",
+        confidence: float = 0.95,
+        progress: bool = False,
+    ) -> Separability:
+        """Probability over paths that classes are linearly separable at ``t``, with the theory beside it.
+
+        Args:
+            t: times, in any order; clouds are drawn from their law at each, so any time costs the same.
+            n_per_class: samples a class.
+            n_paths: independent clouds at each time.
+            seed: a seed or a NumPy generator.
+            gamma: which gap the theory uses: "gap" or "lambda_min".
+            confidence: of the binomial (Clopper–Pearson) interval.
+            progress: show a bar.
+
+        Raises:
+            InputError: for blocks H that are not positive semi-definite, which the theorem needs.
+        """
+        from local_elasticity.lesde.separability import separability
+
+        return separability(self, t, n_per_class, n_paths, seed, gamma=gamma, confidence=confidence, progress=progress)
+
+    def collapse(self, t: Any) -> Collapse:
+        """Neural collapse of the expected class means at ``t``, the predicted rate, and whether it can happen at all.
+
+        Args:
+            t: times, in any order.
+        """
+        from local_elasticity.lesde.collapse import collapse
+
+        return collapse(self, t)
 
 
 def _initial(initial: Any) -> tuple[Any, Any]:

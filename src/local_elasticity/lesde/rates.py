@@ -118,14 +118,15 @@ def vectorised(function: Callable[[Any], Any], name: str) -> Callable[[Numbers],
     """A function of arrays that calls ``function`` once where that gives what calls one by one give."""
 
     def one_by_one(t: Numbers) -> Numbers:
-        return np.array([_scalar(function, float(x), name) for x in t.ravel()], dtype=np.float64).reshape(t.shape)
+        return np.array([_scalar(function, x, name) for x in t.ravel()], dtype=np.float64).reshape(t.shape)
 
     def whole(t: Numbers) -> Numbers:
         few = min(t.size, 3)
         if t.size < 2:
             return one_by_one(t)
         try:
-            values = np.asarray(function(t), dtype=np.float64)
+            with np.errstate(all="ignore"):
+                values = np.asarray(function(t), dtype=np.float64)
         except Exception:  # whatever a function of scalars does with an array, calls one by one decide
             return one_by_one(t)
         if values.shape != t.shape:
@@ -138,8 +139,9 @@ def vectorised(function: Callable[[Any], Any], name: str) -> Callable[[Numbers],
     return whole
 
 
-def _scalar(function: Callable[[Any], Any], t: float, name: str) -> float:
-    value = np.asarray(function(t), dtype=np.float64)
+def _scalar(function: Callable[[Any], Any], t: np.float64, name: str) -> float:
+    with np.errstate(all="ignore"):  # what is not finite is refused with its time
+        value = np.asarray(function(t), dtype=np.float64)
     if value.size != 1:
         raise InputError(
             expected=f"{name} as a function of time that returns one number",
