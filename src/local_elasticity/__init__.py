@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from local_elasticity import data, flows, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
-from local_elasticity.errors import InputError, NoiseWarning
+from local_elasticity.errors import IdentifiabilityWarning, InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
 from local_elasticity.kernel_similarity import s_ker, s_rel_limit
-from local_elasticity.lesde import LESDE
+from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, estimate, impact_matrix
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
 from local_elasticity.training import Tracker, at, budget, every, log_spaced
@@ -23,7 +23,10 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "SGD",
     "Adam",
     "ClassTable",
+    "Fit",
+    "IdentifiabilityWarning",
     "Impact",
+    "ImpactMatrix",
     "InputError",
     "NoiseWarning",
     "Plan",
@@ -36,11 +39,13 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "by_class",
     "data",
     "define",
+    "estimate",
     "every",
     "flows",
     "from_optimizer",
     "gradient_gram",
     "kernel",
+    "impact_matrix",
     "lesde",
     "log_spaced",
     "measure",
