@@ -149,7 +149,7 @@ def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) 
     live = [
         tap for tap in range(kernel) if any(0 <= o * stride - padding + tap * dilation < size for o in range(positions))
     ]
-    if not live or len(live) == kernel:
+    if not live or live[-1] - live[0] == kernel - 1:
         return None
     first, last = live[0], live[-1]
     left = padding - first * dilation

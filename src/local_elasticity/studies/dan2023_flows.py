@@ -235,7 +235,7 @@ def measured(problem: Problem, model: nn.Module, engine: Any, n: int = 6, probe_
             engine=engine,
             outputs="logits" if problem.definition != "he_su" else "values",
             check_pairs=0,
-            route="step",
+            route="step" if engine == "replay" else None,
         )
         return s_rel(impact, problem.definition, eps=0).numpy()
 
