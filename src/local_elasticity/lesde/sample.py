@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -291,11 +291,7 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
     alike = bool((sde.drift.blocks == sde.drift.blocks[:1]).all())
     weights = request.tensor(sde.weights)
     roots, same = request.tensor(sde.noise.root), request.tensor(np.eye(k))
-    keep = request.keep
-    everybody = _Request(
-        request.t, request.n, request.paths, "clouds", request.dtype, request.device, request.generator
-    )
-    for which in _chunks(sde, everybody):
+    for which in _chunks(sde, replace(request, keep="clouds")):
         paths = which.stop - which.start
         rows = torch.arange(paths, device=request.device)
         start = request.tensor(root(sde.initial_covariance))
