@@ -36,7 +36,9 @@ import local_elasticity as le
 TRIALS, T = 500, 10_000
 LEAST_PUBLISHED, LEAST_TORCHSDE, LEAST_DIFFRAX, MOST_OVER_FLOOR, MOST_MEMORY = 3000.0, 100.0, 30.0, 2.0, 2 * 2**30
 PEERS = Path(__file__).resolve().parent / "sde_peers.py" if "__file__" in globals() else Path("benchmarks/sde_peers.py")
-HOW = "python -m venv peers && peers/bin/pip install torch torchsde diffrax jax; LOCAL_ELASTICITY_PEERS=peers/bin/python"
+HOW = (
+    "python -m venv peers && peers/bin/pip install torch torchsde diffrax jax; LOCAL_ELASTICITY_PEERS=peers/bin/python"
+)
 HEADINGS = ("what", "median CPU s", "min CPU s", "ratio (of mins)", "bound", "verdict")
 
 
@@ -141,7 +143,11 @@ def peer_rows(repeats: int, peers: str | None, console: Console) -> list[Row]:
     ours.seconds = [cpu(run) for _ in range(10 * repeats)]
     mean, sd = sde.mean(end).ravel(), np.sqrt(np.diag(sde.covariance(end, 1)[0]))
     rows = [ours]
-    for name, least in (("torchsde", LEAST_TORCHSDE), ("diffrax-tree", LEAST_DIFFRAX), ("diffrax-unsafe", LEAST_DIFFRAX)):
+    for name, least in (
+        ("torchsde", LEAST_TORCHSDE),
+        ("diffrax-tree", LEAST_DIFFRAX),
+        ("diffrax-unsafe", LEAST_DIFFRAX),
+    ):
         row = Row(f"Euler, 1,000 steps, {name}", bound=f">= {least:g}")
         rows.append(row)
         if not peers:
@@ -251,7 +257,9 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
     if out is not None:
         lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{facts}\n", encoding="utf-8")
+        out.write_text(
+            "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{facts}\n", encoding="utf-8"
+        )
         console.print(f"written to {out}", highlight=False)
     return 0 if all(row.holds is not False for row in rows) else 1
 

@@ -39,7 +39,7 @@ def test_linear_programming_decides_as_brute_force_does():
 def test_clouds_far_from_the_origin_and_badly_scaled():
     rng = np.random.default_rng(1)
     a = rng.normal(size=(40, 3)) * [1e-6, 1, 1e6] + [5, 1e3, 0]
-    b = a + [2e-5, 0, 0]
+    b = a + np.array([2e-5, 0, 0])
     assert le.lesde.separable(a, b)
     assert not le.lesde.separable(a, a[::-1])
     with pytest.raises(le.InputError, match="finite"):

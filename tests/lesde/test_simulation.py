@@ -82,7 +82,10 @@ def test_simulate_writes_what_it_says(tmp_path, capsys):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
     assert run(*ALPHA, "--out", str(out)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run(*ALPHA, "--out", str(out), "--overwrite", "--method", "discrete", "--drift", "isotropic", "--features", "2") == 0
+    assert (
+        run(*ALPHA, "--out", str(out), "--overwrite", "--method", "discrete", "--drift", "isotropic", "--features", "2")
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

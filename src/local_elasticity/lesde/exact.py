@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from scipy.integrate import solve_ivp
 
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.panels import Panels, cut, scan
@@ -282,6 +281,8 @@ def _stretches(sde: LESDE, t: Times) -> Iterator[tuple[float, float, bool]]:
 def _solve(sde: LESDE, derivative, begin: float, end: float, state: np.ndarray) -> np.ndarray:
     moved = np.abs(derivative(begin, state)).max(initial=0.0) * (end - begin)
     scale = max(float(np.abs(state).max(initial=0.0)), float(moved)) or 1.0
+    from scipy.integrate import solve_ivp
+
     solved = solve_ivp(derivative, (begin, end), state, method="DOP853", rtol=_RTOL, atol=_ATOL * scale)
     if not solved.success:
         raise InputError(
