@@ -12,8 +12,10 @@ import numpy as np
 from local_elasticity.errors import InputError
 from local_elasticity.runs import locate, open_run
 
+SIMULATION = "simulation.npz"
 FORMS = (
-    "a run (its class means over the steps), or a .npz file with class_means (T, K, p) or (trials, T, K, p), "
+    "a run (its class means over the steps), the folder of a simulation, or a .npz file with class_means (T, K, p) or "
+    "(trials, T, K, p), "
     "or with logits (T, trials, K) and labels (T, trials); t (T,) beside them is optional"
 )
 
@@ -44,6 +46,8 @@ def read_recording(path: str | Path) -> Recording:
     path = Path(path)
     if path.suffix == ".npz":
         return _npz(path)
+    if (path / SIMULATION).is_file():
+        return _npz(path / SIMULATION)
     if locate(path) is None:
         what = "something else" if path.exists() else "nothing"
         raise InputError(expected=FORMS, got=f"{what} at {path}", do="check the path")
@@ -78,6 +82,7 @@ def _npz(path: Path) -> Recording:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files if name in ("class_means", "logits", "labels", "t")}
             names = file.files
+            variance = file["within_variance"] if "within_variance" in names else np.empty(0)
     except FileNotFoundError:
         raise InputError(expected=FORMS, got=f"nothing at {path}", do="check the path") from None
     except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
@@ -93,6 +98,8 @@ def _npz(path: Path) -> Recording:
     main = data["class_means" if "class_means" in kept else "logits"]
     if main.ndim not in (3, 4):
         raise InputError(expected=FORMS, got=f"an array of shape {main.shape} in {path}", do="reshape it")
+    if "class_means" in kept and variance.shape == main.shape:
+        data["within_variance"] = variance.reshape(-1, *variance.shape[-3:]).mean(axis=(0, -1))
     K = main.shape[-2] if "class_means" in kept else main.shape[-1]
     shape = " x ".join(map(str, main.shape))
     words = f"{path}: {'class means' if 'class_means' in kept else 'logits and labels'}, {shape}"

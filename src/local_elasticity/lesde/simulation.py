@@ -12,8 +12,9 @@ import numpy as np
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.expressions import parse
 from local_elasticity.lesde.model import LESDE
+from local_elasticity.lesde.recordings import SIMULATION
 
-ARRAYS, NOTE, NUMBERS = "simulation.npz", "config.json", "numbers.json"
+ARRAYS, NOTE, NUMBERS = SIMULATION, "config.json", "numbers.json"
 
 
 @dataclass(frozen=True)
