@@ -39,7 +39,7 @@ def test_linear_programming_decides_as_brute_force_does():
 def test_clouds_far_from_the_origin_and_badly_scaled():
     rng = np.random.default_rng(1)
     a = rng.normal(size=(40, 3)) * [1e-6, 1, 1e6] + [5, 1e3, 0]
-    b = a + [2e-5, 0, 0]
+    b = a + np.array([2e-5, 0, 0])
     assert le.lesde.separable(a, b)
     assert not le.lesde.separable(a, a[::-1])
     with pytest.raises(le.InputError, match="finite"):
@@ -48,13 +48,25 @@ def test_clouds_far_from_the_origin_and_badly_scaled():
         le.lesde.separable(a, b[:, :2])
 
 
-@pytest.mark.parametrize(("n", "p"), [(4, 2), (6, 3), (2, 3), (8, 2)])
-def test_exchangeable_clouds_are_separable_as_often_as_cover_counts(n, p):
+@pytest.mark.parametrize(("n", "p"), [(4, 2), (6, 3), (2, 3)])
+def test_points_labelled_by_a_coin_are_separable_as_often_as_cover_counts(n, p):
     rng = np.random.default_rng([n, p])
-    hits = sum(le.lesde.separable(*rng.normal(size=(2, n, p))) for _ in range(400))
+    hits = balanced = 0
+    for _ in range(400):
+        points, label = rng.normal(size=(2 * n, p)), rng.random(2 * n) < 0.5
+        hits += label.all() or not label.any() or le.lesde.separable(points[label], points[~label])
+        balanced += le.lesde.separable(points[:n], points[n:])
     low, high = binomial_interval(np.array([hits]), 400, 0.999)
     assert low[0] <= le.lesde.cover_probability(n, p) <= high[0]
+    assert balanced <= hits  # n labels of each kind are split more rarely
     assert (le.lesde.cover_probability(n, p) == pytest.approx(1)) == (2 * n <= p + 1)
+
+
+def test_balanced_labels_on_a_line():
+    rng = np.random.default_rng(0)
+    hits = sum(le.lesde.separable(*rng.normal(size=(2, 2, 1))) for _ in range(400))
+    low, high = binomial_interval(np.array([hits]), 400, 0.999)
+    assert low[0] <= 2 / 6 <= high[0] < le.lesde.cover_probability(2, 1)
 
 
 def test_binomial_interval_is_clopper_and_pearsons():

@@ -50,7 +50,8 @@ def test_powers_do_not_hang():
     assert np.isinf(parse("9**9**9**9")(0.0))
 
 
-COMMAND = ["simulate", "--classes", "3", "--alpha", "0.05*exp(-t/200)", "--beta", "-0.01", "--steps", "300"]
+COMMAND = ["simulate", "--beta", "-0.01", "--steps", "300"]
+ALPHA = ["--alpha", "0.05*exp(-t/200)"]
 SMALL = ["--samples-per-class", "12", "--paths", "9", "--save", "11", "--separability-paths", "4"]
 
 
@@ -62,7 +63,7 @@ def run(*arguments):
 
 def test_simulate_writes_what_it_says(tmp_path, capsys):
     out = tmp_path / "sde"
-    assert run("--out", str(out)) == 0
+    assert run(*ALPHA, "--out", str(out)) == 0
     shown = capsys.readouterr().out
     assert "limit:" in shown
     assert "about" in shown
@@ -79,9 +80,12 @@ def test_simulate_writes_what_it_says(tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["alpha"] == "0.05*exp(-t/200)"
     for name in ("paths", "separability"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
-    assert run("--out", str(out)) == 2
+    assert run(*ALPHA, "--out", str(out)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run("--out", str(out), "--overwrite", "--method", "discrete", "--drift", "isotropic", "--features", "2") == 0
+    assert (
+        run(*ALPHA, "--out", str(out), "--overwrite", "--method", "discrete", "--drift", "isotropic", "--features", "2")
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

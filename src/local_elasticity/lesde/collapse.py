@@ -18,6 +18,7 @@ from local_elasticity.lesde.drift import simplex
 if TYPE_CHECKING:
     from local_elasticity.lesde.model import LESDE
 
+_FALLING = 0.01  # share of B that must be gained over the second half of the time, for B to count as falling
 Times = Float[np.ndarray, " times"]
 
 
@@ -120,7 +121,7 @@ def _verdict(sde: LESDE, t: Times, a: Times, b: Times) -> tuple[bool, str, str]:
     if s == 0:
         return False, side, "the start has no component along the simplex (mean of u_k · X^k(0) is 0): nothing to grow"
     earlier = exact.integral(sde, np.array([sde.start + (t[last] - sde.start) / 2]))[1][0]
-    if not b[last] < earlier or b[last] >= 0:
+    if b[last] >= 0 or earlier - b[last] < _FALLING * abs(b[last]):
         return (
             False,
             side,

@@ -160,28 +160,28 @@ class Fit:
         )
         return Average(value, float(low[0]), float(high[0]))
 
-    def tail(self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap"] = "alpha") -> TailExponent:
+    def tail(
+        self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap", "across"] = "alpha"
+    ) -> TailExponent:
         """Exponent r of a decay like t^-r, with its interval.
 
         Args:
             method: "dyadic" (slope of block averages; recommended), "loglog" (from the slope of log A; for r < 1
                 only) or "official" (the published index, which is a level and not an exponent).
-            quantity: "alpha", "beta" or "gap", through its integral.
+            quantity: "alpha", "beta", "gap" (alpha - beta), or "across" (alpha + beta/(K-1), by which the L-model
+                separates when beta > 0), through its integral.
 
         Raises:
             InputError: for an unknown method or quantity.
         """
-        integral = {"alpha": ("A", self.A), "beta": ("B", self.B), "gap": ("gap", self.A - self.B)}
-        if quantity not in integral:
-            raise InputError(expected=f"one of {list(integral)}", got=repr(quantity), do="choose one of them")
-        draws = None
-        if self._draws is not None:
-            A, B = self._draws
-            draws = {"alpha": A, "beta": B}.get(quantity)
-            draws = A - B if draws is None else draws
+        weights = {"alpha": (1, 0), "beta": (0, 1), "gap": (1, -1), "across": (1, 1 / (self.n_classes - 1))}
+        if quantity not in weights:
+            raise InputError(expected=f"one of {list(weights)}", got=repr(quantity), do="choose one of them")
+        a, b = weights[quantity]
+        draws = None if self._draws is None else a * self._draws[0] + b * self._draws[1]
         return tail_exponent(
             self.t,
-            integral[quantity][1],
+            a * self.A + b * self.B,
             draws,
             method=method,
             window=self.window,

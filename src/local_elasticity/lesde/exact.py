@@ -280,7 +280,8 @@ def _stretches(sde: LESDE, t: Times) -> Iterator[tuple[float, float, bool]]:
 
 
 def _solve(sde: LESDE, derivative, begin: float, end: float, state: np.ndarray) -> np.ndarray:
-    scale = max(float(np.abs(state).max(initial=0.0)), 1e-300)
+    moved = np.abs(derivative(begin, state)).max(initial=0.0) * (end - begin)
+    scale = max(float(np.abs(state).max(initial=0.0)), float(moved)) or 1.0
     solved = solve_ivp(derivative, (begin, end), state, method="DOP853", rtol=_RTOL, atol=_ATOL * scale)
     if not solved.success:
         raise InputError(

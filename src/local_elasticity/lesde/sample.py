@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -156,7 +156,7 @@ def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], m
             size = mean.shape[0]
             means[which, at] = mean
             if rest is not None:
-                rest[which, at] = mean[:, :, None] + cloud if request.keep == "clouds" else _covariance(cloud)
+                rest[which, at] = mean[:, :, None] + cloud if request.keep == "clouds" else cloud
             told += size
             bar.advance(size)
             if told == size or (told - size) * 50 < total <= told * 50:
@@ -167,10 +167,16 @@ def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], m
     return _as(like, means if rest is None else rest)
 
 
-def _covariance(cloud: Tensor) -> Tensor:
-    """Covariance of clouds whose mean is 0, (paths, K, n, p) -> (paths, K, p, p)."""
-    flat = cloud.flatten(0, 1)
-    return torch.bmm(flat.transpose(1, 2), flat).unflatten(0, cloud.shape[:2]) / cloud.shape[2]
+def _kept(keep: Keep, z: Tensor) -> Tensor | None:
+    """What is kept of deviations z (paths, K, n, p) whose mean counts for nothing."""
+    if keep == "means":
+        return None
+    mean = z.mean(dim=2)
+    if keep == "clouds":
+        return z - mean[:, :, None]
+    flat = z.flatten(0, 1)
+    second = torch.bmm(flat.transpose(1, 2), flat).unflatten(0, z.shape[:2]) / z.shape[2]
+    return second - mean[..., :, None] * mean[..., None, :]
 
 
 def _chunks(sde: LESDE, request: _Request) -> Iterator[slice]:
@@ -180,10 +186,6 @@ def _chunks(sde: LESDE, request: _Request) -> Iterator[slice]:
     most = max(1, _CHUNK // each) if request.device.type == "cpu" else max(1, (64 * _CHUNK) // each)
     for begin in range(0, request.paths, most):
         yield slice(begin, min(begin + most, request.paths))
-
-
-def _centred(cloud: Tensor) -> Tensor:
-    return cloud - cloud.mean(dim=2, keepdim=True)
 
 
 class _Clouds:
@@ -209,9 +211,9 @@ class _Clouds:
             noise = self.noise if self.plain else self.noise @ self.root
             self.z.add_(noise, alpha=variance**0.5)
 
-    def centred(self) -> Tensor | None:
-        """The deviations."""
-        return _centred(self.z) if self.kept else None
+    def look(self) -> Tensor | None:
+        """What is kept of them."""
+        return _kept(self.request.keep, self.z)
 
 
 def _start(sde: LESDE, request: _Request, paths: int, n: int) -> Tensor:
@@ -241,7 +243,7 @@ def _exact(sde: LESDE, request: _Request) -> Iterator[Any]:
             if variance > 0:
                 x = x + request.normal(paths, k * p) @ spread[at].T
             clouds.grow(variance)
-            yield which, at, x.view(paths, k, p), clouds.centred()
+            yield which, at, x.view(paths, k, p), clouds.look()
 
 
 def _own(
@@ -261,7 +263,7 @@ def _own(
             x = x + request.normal(paths * request.n, k * p) @ spread(at).T
         cloud = x.view(paths, request.n, k, p).transpose(1, 2)
         mean = cloud.mean(dim=2)
-        yield which, at, mean, cloud - mean[:, :, None]
+        yield which, at, mean, _kept(request.keep, cloud.contiguous())
 
 
 # --- the discrete recursion --------------------------------------------------------------------------------------
@@ -289,11 +291,7 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
     alike = bool((sde.drift.blocks == sde.drift.blocks[:1]).all())
     weights = request.tensor(sde.weights)
     roots, same = request.tensor(sde.noise.root), request.tensor(np.eye(k))
-    keep = request.keep
-    everybody = _Request(
-        request.t, request.n, request.paths, "clouds", request.dtype, request.device, request.generator
-    )
-    for which in _chunks(sde, everybody):
+    for which in _chunks(sde, replace(request, keep="clouds")):
         paths = which.stop - which.start
         rows = torch.arange(paths, device=request.device)
         start = request.tensor(root(sde.initial_covariance))
@@ -323,7 +321,7 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
                     y += due[..., None] * (request.normal(paths, k, request.n, p) @ roots.transpose(1, 2))
                     seen[:] = spent[m]
                 mean = y.mean(dim=2)
-                yield which, at, mean + moved, (y - mean[:, :, None] if keep != "means" else None)
+                yield which, at, mean + moved, _kept(request.keep, y)
                 at += 1
 
 
@@ -367,7 +365,7 @@ def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity
             x = run(x, at)
             clouds.grow(float(variance[begin : begin + count].sum() * lengths[at]))
             begin += count
-            yield which, at, x.view(paths, k, p), clouds.centred()
+            yield which, at, x.view(paths, k, p), clouds.look()
 
 
 # --- the authors' recursion --------------------------------------------------------------------------------------
@@ -434,8 +432,13 @@ def published(sde: LESDE, request: _Request, starts: Any, out: Any) -> Tensor | 
                 got=f"{tuple(result.shape)}, {result.dtype}",
                 do="allocate it so",
             )
-    coefficients = request.tensor(f).expand(request.paths, -1, -1)
-    torch.bmm(coefficients, basis, out=result.view(request.paths, request.t.size, k * p))
+    coefficients, rows = request.tensor(f), result.view(request.paths, request.t.size, k * p)
+    if result.device.type == "cpu":  # one product a path writes each result once; batched products are slower here
+        left, right, into = coefficients.numpy(), basis.numpy(), rows.numpy()
+        for path in range(request.paths):
+            np.matmul(left, right[path], out=into[path])
+    else:
+        torch.bmm(coefficients.expand(request.paths, -1, -1), basis, out=rows)
     return result if out is None else out
 
 

@@ -43,7 +43,8 @@ class Theory:
         tail_scale: t · gamma at the last time: c where r = 1.
         critical_scale: K/2 times the growth exponent of the noise; c = K/2 for constant sigma.
         noise_exponent: of the variance within, V ~ t^this, over the last decade of t.
-        random_labelling: C(2n, p): chance that 2n points of one cloud are split as labelled (Cover), the limit (b).
+        random_labelling: C(2n, p): Cover's chance that 2n points of one cloud are split as labelled at random, which
+            bounds the limit (b) from above.
         limit: "separable", "not separable" or "undecided".
         reason: why, in words.
     """
@@ -160,9 +161,11 @@ def programmed_separable(a: Float[np.ndarray, "n p"], b: Float[np.ndarray, "m p"
 
 
 def cover_probability(n_per_class: int, n_features: int) -> float:
-    """Cover's count: the chance that 2n points in general position, labelled at random, are linearly separable.
+    """Cover's count: the chance that 2n points in general position, each labelled by a coin, are linearly separable.
 
     C(2n, p) = 2^(1-2n) sum_{j<=p} binom(2n-1, j); it is 1 for 2n <= p + 1 and exponentially small in n for n > p.
+    With exactly n labels of each kind, as in two clouds of n samples, fewer labellings are separable: this is an upper
+    bound there (for p = 1 the chance is 2 / binom(2n, n)), and both tend to 0 alike.
     """
     from scipy.stats import binom
 

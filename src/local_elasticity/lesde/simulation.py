@@ -81,6 +81,8 @@ def simulate(settings: Settings, out: Path, *, progress: bool = True, overwrite:
     from local_elasticity.runs import git_revision, versions
 
     model, t = build(settings), save_points(settings)
+    for rate in (model.alpha, model.beta, model.noise.variance):
+        rate(t)  # refuse what is not finite before anything is written
     _prepare(out, overwrite)
     on = None if settings.device == "cpu" else settings.device
     drawn = model.sample(
