@@ -3,6 +3,7 @@
 1. The authors' simulation, 500 trials x 10,000 steps, K = 3: their loop, written plainly here and timed on 2 trials.
 2. A linear SDE of 9 dimensions, 500 paths, 10 save points: exact against Euler of 1,000 steps by torchsde and diffrax.
 3. K = 10, n = 500, 100 paths, 100 save points: clouds with their statistics against drawing the same numbers.
+4. Estimation from 100 trials x 10,000 steps, K = 3, with intervals: wall-clock seconds (``estimation.py`` has more).
 
 CPU seconds of one thread; verdicts go by the smallest of each. The peers live in an environment of their own
 (``python -m venv peers && peers/bin/pip install torch torchsde diffrax jax``), named by --peers or by the variable
@@ -212,6 +213,18 @@ def cloud_rows(repeats: int, console: Console) -> list[Row]:
     ]
 
 
+def estimation_rows(repeats: int, console: Console) -> list[Row]:
+    """4: seconds of an estimate with its intervals, beside a plain loop over the resamples."""
+    console.print("estimation, about half a minute ...", style="dim")
+    sys.path.insert(0, str(PEERS.parent))
+    from estimation import estimation_rows as estimated
+
+    return [
+        Row(f"estimate: {what}", seen, [], ratio, bound, holds)
+        for what, seen, ratio, bound, holds in estimated(repeats)
+    ]
+
+
 def peak_bytes() -> int:
     """The highest resident memory of this process so far."""
     import resource
@@ -240,6 +253,7 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
     try:
         clouds = cloud_rows(repeats, console)  # first: this process is small yet
         rows = [*published_rows(repeats, console), *peer_rows(repeats, peers, console), *clouds]
+        rows += estimation_rows(repeats, console)
     finally:
         torch.set_num_threads(threads)
     table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
