@@ -8,7 +8,8 @@ What is compared, always on the same inputs in one process (peers in a Python of
 - He and Su's setting, a two-layer network of width 40,960 with 1,000 samples: seconds and memory;
 - one snapshot of the published protocol with an SGD probe, against the bare passes that a finite step cannot leave out.
 
-Seconds are of the processor (all threads together), which a busy machine disturbs less. Peers need an environment of their own: ``--peers PYTHON`` or the variable LOCAL_ELASTICITY_PEERS.
+Seconds are of the processor (all threads together), which a busy machine disturbs less.
+Peers need an environment of their own: ``--peers PYTHON`` or the variable LOCAL_ELASTICITY_PEERS.
 
 Run it as ``local-elasticity bench pairs`` or ``python benchmarks/pairs.py [--quick] [--peers PYTHON] [--out FILE]``.
 """
@@ -105,7 +106,7 @@ def clone_and_step(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor, lr: 
         before = model(targets)
     for source in range(len(x)):
         stepped = copy.deepcopy(model)
-        optimizer = torch.optim.SGD(stepped.parameters(), lr=lr)
+        optimizer = torch.optim.SGD(stepped.parameters(), lr=abs(lr), maximize=lr < 0)
         cross_entropy(stepped(x[source : source + 1]), y[source : source + 1]).backward()
         optimizer.step()
         with torch.no_grad():
