@@ -3,7 +3,7 @@
 1. The authors' simulation, 500 trials x 10,000 steps, K = 3: their loop, written plainly here and timed on 2 trials.
 2. A linear SDE of 9 dimensions, 500 paths, 10 save points: exact against Euler of 1,000 steps by torchsde and diffrax.
 3. K = 10, n = 500, 100 paths, 100 save points: clouds with their statistics against drawing the same numbers.
-4. Estimation from 100 trials x 10,000 steps, K = 3, with intervals: wall-clock seconds (``estimation.py`` has more).
+4. Estimation from 100 trials x 10,000 steps, K = 3, with intervals (``estimation.py`` has more).
 
 CPU seconds of one thread; verdicts go by the smallest of each. The peers live in an environment of their own
 (``python -m venv peers && peers/bin/pip install torch torchsde diffrax jax``), named by --peers or by the variable
