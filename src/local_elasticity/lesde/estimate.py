@@ -36,7 +36,7 @@ Series = Float[np.ndarray, " T"]
 QUANTITIES = ("A", "B", "alpha", "beta", "gap")
 CLEAR, DRIFTING = 50.0, 3.0  # signal to noise at which one step is baseline enough; drift in standard errors
 WEAK, FLOOR = 5.0, 3.0  # signal to noise under which a baseline, and a mode, are called weak
-_AT_ONCE = 1 << 20  # numbers of resampled features at a time
+_AT_ONCE = 1 << 17  # numbers of resampled features at a time: they stay in the cache
 _KEPT = 1 << 25  # of which so many are kept, so that they are drawn once only
 _PILOT = 12  # draws by which windows are chosen and noise is judged
 
@@ -422,9 +422,11 @@ def _means_of(data: Observations, rule: Estimator, weights: np.ndarray, begin: i
     sums = (weights @ values.reshape(len(values), -1)).reshape(len(weights), *values.shape[1:])
     if seen is None:
         return sums / data.n_trials
-    counts = (weights @ seen.reshape(len(seen), -1)).reshape(len(weights), *seen.shape[1:], 1)
+    counts = weights.astype(np.float32) @ seen.reshape(len(seen), -1)  # whole numbers: single precision is exact
     with np.errstate(invalid="ignore", divide="ignore"):
-        return sums / counts
+        share = np.repeat(1 / counts.astype(np.float64), sums.shape[-1], axis=-1)  # a broadcast over so few numbers is slow
+        np.multiply(sums, share.reshape(sums.shape), out=sums)
+    return sums
 
 
 def _resampled(data: Observations, rule: Estimator, weights: np.ndarray, stop: int | None = None) -> np.ndarray:

@@ -7,6 +7,7 @@ defined and as published, stand here in one registry.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from local_elasticity.lesde import published
 Features = Float[np.ndarray, "*b T K F"]
 Series = Float[np.ndarray, "*b T"]
 Vectors = Float[np.ndarray, "*b T d"]
+_SMALL = 64  # numbers of a step's class means
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,21 @@ _OWN_LOGIT = (_own_logit_of_cells, _own_logit_of_samples)
 
 
 def _isotropic_modes(X: Features) -> tuple[Vectors, Vectors]:
-    mean = _mean(X, -2)
-    deviation = X - mean[..., None, :]
-    return deviation.reshape(*deviation.shape[:-2], -1), mean
+    """Deviations from the mean of the classes, in an orthonormal basis of K - 1 contrasts, and that mean."""
+    K, p = X.shape[-2:]
+    if K * p <= _SMALL:  # one matrix product for all steps is faster than one each
+        rotated = (X.reshape(-1, K * p) @ _basis(K, p)).reshape(*X.shape[:-2], K * p)
+    else:
+        rotated = np.matmul(_basis(K, 1).T, X).reshape(*X.shape[:-2], K * p)
+    return rotated[..., p:], rotated[..., :p] / np.sqrt(K)
+
+
+@functools.cache
+def _basis(K: int, p: int) -> Float[np.ndarray, "Kp Kp"]:
+    """Orthonormal columns, for each of p coordinates: the mean of K classes, then K - 1 contrasts between them."""
+    from scipy.linalg import helmert
+
+    return np.kron(helmert(K, full=True), np.eye(p)).T.copy()
 
 
 def _logit_modes(s: Features) -> tuple[Vectors, Vectors]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from local_elasticity.errors import InputError
 
@@ -57,7 +57,7 @@ class Observations:
 
     def contributions(
         self, of_cells: OfCells, of_samples: OfSamples, start: int, stop: int
-    ) -> tuple[Float[np.ndarray, "trials n K F"], Float[np.ndarray, "trials n K"] | None]:
+    ) -> tuple[Float[np.ndarray, "trials n K F"], Float32[np.ndarray, "trials n K"] | None]:
         """Features of each trial's cells from step start to stop, 0 where it saw none, and where it saw some.
 
         Args:
@@ -72,12 +72,12 @@ class Observations:
             features = of_cells(cells)
             if seen.all():
                 return features, None
-            return np.where(seen[..., None], features, 0.0), seen.astype(float)
+            return np.where(seen[..., None], features, 0.0), seen.astype(np.float32)
         assert self.logits is not None
         assert self.labels is not None
         labels = self.labels[:, start:stop]
         features = of_samples(self.logits[:, start:stop], labels.clip(min=0))
-        seen = (labels[..., None] == np.arange(self.n_classes)).astype(float)
+        seen = (labels[..., None] == np.arange(self.n_classes)).astype(np.float32)
         return seen[..., None] * features[:, :, None, :], seen
 
     def subset(self, chosen: Int[np.ndarray, " n"]) -> Observations:
@@ -121,15 +121,16 @@ class _Cells:
     """Sums over the trials that showed a class at a step."""
 
     def __init__(self, labels: Int[np.ndarray, "trials T"], n_classes: int) -> None:
-        self.logged = labels != ABSENT
+        logged = labels != ABSENT
+        self.logged = np.flatnonzero(logged) if not logged.all() else slice(None)
         self.shape = (labels.shape[1], n_classes)
-        self.cell = (np.arange(labels.shape[1]) * n_classes + labels)[self.logged]
+        self.cell = (np.arange(labels.shape[1]) * n_classes + labels).ravel()[self.logged]
         self.count = np.bincount(self.cell, minlength=self.shape[0] * n_classes).reshape(self.shape)
 
     def sums(self, values: Float[np.ndarray, "trials T p"]) -> Float[np.ndarray, "T K p"]:
         """Sum of each coordinate over every cell."""
         size = self.shape[0] * self.shape[1]
-        rows = [np.bincount(self.cell, values[..., j][self.logged], size) for j in range(values.shape[2])]
+        rows = [np.bincount(self.cell, values[..., j].ravel()[self.logged], size) for j in range(values.shape[2])]
         return np.stack(rows, axis=-1).reshape(*self.shape, -1)
 
 
