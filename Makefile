@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-data-report  ## train a small network on digits, follow
 	  --out runs/digits
 
 test: $(VENV)/.installed-data-report-regression-test  ## all tests, and the README's code
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -69,6 +69,7 @@ def dattri(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=[model.state_dict()])
     attributor = TracInAttributor(task=task, weight_list=torch.ones(1), normalized_grad=False, device="cpu")
+    attributor.projector_kwargs = None  # by default it projects the gradients to 512 random directions
     loader = DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=False)
     with torch.no_grad():
         return attributor.attribute(loader, loader)
@@ -110,7 +111,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     for sample, label in zip(x.split(1), y.split(1), strict=True):
         got = torch.autograd.grad(cross_entropy(model(sample), label), list(model.parameters()))
         rows.append(torch.cat([g.flatten() for g in got]))
-    flat = torch.stack(rows)
+    flat = torch.stack(rows).double()  # a sum over millions of squares loses three digits in single precision
     return flat @ flat.T
 
 
