@@ -424,9 +424,7 @@ def _means_of(data: Observations, rule: Estimator, weights: np.ndarray, begin: i
         return sums / data.n_trials
     counts = weights.astype(np.float32) @ seen.reshape(len(seen), -1)  # whole numbers: single precision is exact
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.repeat(
-            1 / counts.astype(np.float64), sums.shape[-1], axis=-1
-        )  # a broadcast over so few numbers is slow
+        share = np.repeat(1 / counts.astype(np.float64), sums.shape[-1], axis=-1)
         np.multiply(sums, share.reshape(sums.shape), out=sums)
     return sums
 
