@@ -1,11 +1,15 @@
-"""Runs the ```python blocks of README.md and docs/ as tests, each page in a folder of its own."""
+"""Runs the ```python blocks of README.md and docs/ as tests, each page in a folder of its own. Nothing is timed."""
 
 import os
 import tempfile
 from pathlib import Path
 
+from hypothesis import settings
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def _enter_temporary_folder(namespace: dict) -> None:

@@ -167,6 +167,13 @@ def test_a_folder_whose_making_was_killed_is_used(tmp_path):
     (tmp_path / "config.partial").write_text('{"sche')
     assert prepare_folder(tmp_path, CONFIGURATION, False) is False
     assert prepare_folder(tmp_path, CONFIGURATION, False) is False
+
+
+def test_settings_may_change_until_something_is_written(tmp_path):
+    assert prepare_folder(tmp_path, {**CONFIGURATION, "seed": 3}, False) is False
+    assert prepare_folder(tmp_path, CONFIGURATION, False) is False
+    (tmp_path / "run-0").mkdir()
+    assert prepare_folder(tmp_path, CONFIGURATION, False) is False
     with pytest.raises(le.InputError, match=r"others for seed \(0 there, 1 now\)"):
         prepare_folder(tmp_path, {**CONFIGURATION, "seed": 1}, False)
     assert prepare_folder(tmp_path, {**CONFIGURATION, "seed": 1}, True) is False

@@ -101,7 +101,7 @@ class ClassTable:
             step = max(1, _WEIGHTS_AT_ONCE // used.size)
             for i in range(0, self.n_boot, step):
                 weights = w[a][i : i + step, :, None] * v[b][i : i + step, None, :]
-                boot[i : i + step, a, b] = _weighted_medians(values[used], weights[:, used])
+                boot[i : i + step, a, b] = weighted_medians(values[used], weights[:, used])
         boot[:, _single(self._pairs)] = np.nan
         low, high = _interval(boot, self.confidence)
         return low, high
@@ -297,7 +297,7 @@ def _spread(boot: Float[np.ndarray, "b k k"]) -> Cells:
     return out
 
 
-def _weighted_medians(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
+def weighted_medians(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
     """The median of ``x`` with every value repeated as often as its weight says."""
     if not x.size:
         return np.full(len(weights), np.nan)

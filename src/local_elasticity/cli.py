@@ -293,7 +293,7 @@ def measure(
     """Measure one moment: take a step at each sample, look at all of them, print the class-by-class table.
 
     Example: local-elasticity measure --data digits --classes 0 1 8 --network mlp --checkpoint weights.safetensors
-    --update sgd:0.01 --definition he_su --definition kl
+    --update sgd:0.01 --engine linear --definition he_su --definition kl
 
     Args:
         data: as in track.
@@ -304,7 +304,7 @@ def measure(
         split: which images.
         update: the step, sgd:LR or adam:LR.
         definition: definition of S_rel, repeatable.
-        engine: replay (finite step), linear (first order) or auto.
+        engine: replay (finite step), linear (first order: all pairs at once, no rounding of tiny steps) or auto.
         exclude_self: leave pairs of a sample with itself out.
         device: cpu or cuda.
         seed: of fresh weights, samples and intervals.
@@ -344,6 +344,14 @@ def measure(
         f"linearisation error {impact.linearization_error:.2g}",
         markup=False,
     )
+    fallen = {key: way for key, way in plan.ways.items() if way.startswith("fallback")}
+    if plan.ways:
+        ruled = sum(way.startswith("rule") for way in plan.ways.values())
+        console.print(f"{ruled} parameters by layer rules, {len(fallen)} by per-sample gradients", markup=False)
+        for key, way in fallen.items():
+            console.print(f"  {key}: {way}", markup=False)
+    for note in plan.notes:
+        console.print(f"  {note}", markup=False)
     tables = {}
     for name in names:
         numerators, denominators = movements(impact, name)
@@ -449,6 +457,77 @@ def report(run: Path) -> int:
     return _finish(opened, opened.path.parent)
 
 
+@app.command
+def estimate(
+    recording: Path,
+    *,
+    model: Literal["auto", "logits", "isotropic"] = "auto",
+    estimator: Literal["defined", "published"] = "defined",
+    baseline_window: int | None = None,
+    window: int | None = None,
+    missing: Literal["raise", "interpolate"] = "raise",
+    n_boot: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+    out: Path | None = None,
+) -> int:
+    """Estimate the locally elastic SDE from training: alpha, beta, their decay, and whether classes will separate.
+
+    Example: local-elasticity estimate runs/digits --model logits --out runs/digits/estimate
+
+    Args:
+        recording: a run, or a .npz file with class_means (T, K, p) or (trials, T, K, p), or with logits (T, trials, K)
+            and labels (T, trials); an array t beside them gives the times.
+        model: logits (the features are the K logits), isotropic, or auto: logits where there are as many outputs as
+            classes.
+        estimator: as defined, or as published (the authors' code, number for number).
+        baseline_window: first steps of which the baseline is the mean; chosen from the data by default.
+        window: odd number of points of the local slopes; chosen from the data by default.
+        missing: what to do where no trial saw a class at a step.
+        n_boot: resamples of the trials.
+        confidence: coverage of the intervals.
+        seed: of the resampling.
+        out: folder for estimate.json and figures; estimate/ in the run, or NAME-estimate/ beside the file, by default.
+    """
+    import warnings
+
+    from local_elasticity.errors import IdentifiabilityWarning
+    from local_elasticity.lesde.estimate import estimate as estimate_model
+    from local_elasticity.lesde.recordings import read_recording
+    from local_elasticity.lesde.summary import print_summary, write_summary
+    from local_elasticity.report.estimation import write_estimation
+
+    found = read_recording(recording)
+    chosen = model if model != "auto" else "logits" if found.square else "isotropic"
+    console.print(f"{found.what}; model {chosen}, estimator {estimator}", markup=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IdentifiabilityWarning)  # the summary says what they say
+        fit = estimate_model(
+            **found.data,
+            model=chosen,
+            estimator=estimator,
+            baseline_window=baseline_window,
+            window=window,
+            missing=missing,
+            n_boot=n_boot,
+            confidence=confidence,
+            seed=seed,
+        )
+    summary = print_summary(fit, console)
+    folder = out or (
+        recording / "estimate" if recording.is_dir() else recording.with_name(f"{recording.stem}-estimate")
+    )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(expected="a folder for the estimates", got=f"a file, {folder}", do="choose another --out")
+    path = write_summary(fit, summary, folder)
+    figures = write_estimation(fit, folder / "figures", found.class_names)
+    console.print(f"numbers: {path}", markup=False)
+    for figure in figures:
+        if figure.suffix == ".png":
+            console.print(f"figure:  {figure}", markup=False)
+    return 0
+
+
 @app.command(name="data")
 def data_command(name: str | None = None) -> int:
     """List the data sets: where each was found, or what would be downloaded; with a name, read it and count.
@@ -468,6 +547,77 @@ def data_command(name: str | None = None) -> int:
         return 0
     for entry in le.data.catalogue():
         console.print(f"{entry.name}: {entry.where}", markup=False)
+    return 0
+
+
+@app.command
+def simulate(
+    *,
+    classes: int = 3,
+    features: int | None = None,
+    drift: Literal["isotropic", "logits"] = "logits",
+    alpha: str = "0.02*exp(-t/2000)",
+    beta: str = "-0.002",
+    sigma: str = "0.02",
+    steps: int = 10_000,
+    samples_per_class: int = 100,
+    paths: int = 500,
+    save: int = 201,
+    separability_paths: int = 50,
+    scale: float = 0.1,
+    start_variance: float = 0.0,
+    label_noise: float = 0.0,
+    method: Literal["exact", "discrete", "euler-maruyama"] = "exact",
+    step: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path = Path("runs/sde"),
+    overwrite: bool = False,
+) -> int:
+    """Sample the locally elastic SDE, and say whether its classes separate and collapse.
+
+    Example: local-elasticity simulate --classes 3 --drift logits --alpha "0.02*exp(-t/2000)" --beta "-0.002"
+    --steps 10000 --samples-per-class 100 --paths 500 --out runs/sde
+
+    Args:
+        classes: K.
+        features: p; K by default (the logits drift takes no other).
+        drift: isotropic (I-model) or logits (L-model).
+        alpha: impact within a class, arithmetic of t.
+        beta: impact between classes, arithmetic of t.
+        sigma: standard deviation of the noise, arithmetic of t.
+        steps: the last time; one training step is one unit of time.
+        samples_per_class: n.
+        paths: independent paths.
+        save: save points, evenly spaced.
+        separability_paths: clouds a time in which separability is decided.
+        scale: size of the initial class means.
+        start_variance: variance of samples about them.
+        label_noise: probability of a wrong label.
+        method: exact law, discrete recursion or Euler-Maruyama.
+        step: step size of the latter two.
+        seed: of the start, the paths and the clouds.
+        device: cpu or cuda.
+        out: folder of the simulation; estimate reads it.
+        overwrite: replace an earlier simulation there.
+    """
+    from local_elasticity.lesde.simulation import ARRAYS, Settings
+    from local_elasticity.lesde.simulation import simulate as run
+
+    _device(device)
+    given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
+    numbers = run(Settings(**given), out, overwrite=overwrite)
+    low, high = numbers["separable_interval"]
+    console.print(
+        f"A = {numbers['A']:.4g}, B = {numbers['B']:.4g} at t = {steps}; all pairs separable with probability "
+        f"{numbers['separable_at_end']:.3g} [{low:.3g}, {high:.3g}]; log R = {numbers['log_ratio_at_end']:.3g}",
+        markup=False,
+    )
+    console.print(f"limit: {numbers['limit']}: {numbers['limit_reason']}", markup=False)
+    console.print(f"collapse: {numbers['collapse']}; NC1 {numbers['nc1_at_end']:.3g}", markup=False)
+    for figure in numbers["figures"]:
+        console.print(f"figure: {figure}", markup=False)
+    console.print(f"paths:  {out / ARRAYS}", markup=False)
     return 0
 
 

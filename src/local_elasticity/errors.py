@@ -24,6 +24,10 @@ class NoiseWarning(UserWarning):
     """Differences so small that float rounding could have made them."""
 
 
+class IdentifiabilityWarning(UserWarning):
+    """Data from which a quantity of the model cannot be told, or only badly."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Say which of ``names`` comes nearest to ``name``, and list them all."""
     names = sorted(names)

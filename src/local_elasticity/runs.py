@@ -25,8 +25,11 @@ from local_elasticity.similarity import s_rel_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from local_elasticity.phases import Phases
+
 FORMAT = "local-elasticity run"
 FORMAT_VERSION = 1
+MADE_BY = "local-elasticity"  # marks a config.json as ours: folders without it are never emptied
 OUTPUTS = {
     "before": ("step", "target", "output"),
     "after": ("step", "update", "source", "target", "output"),
@@ -106,6 +109,32 @@ class Run:
         if update not in known:
             raise InputError(expected=f"an update of this run: {known}", got=repr(update), do="name one of them")
         return self.dataset.sel(update=update)
+
+    def phases(
+        self,
+        definition: str = "he_su",
+        update: str | None = None,
+        *,
+        over: str | None = None,
+        time: str = "step",
+        **options: Any,
+    ) -> Phases:
+        """The elastic and the inelastic phase of S_rel, or "none": see ``local_elasticity.phases``.
+
+        Args:
+            definition: name of the definition.
+            update: name of the probe update; needed where there are several.
+            over: "pairs", resampling sources and targets of one run, or "seeds", resampling the replicas of a run that
+                has them; by default seeds where there are at least 5.
+            time: coordinate of the snapshots to use as time: "step" (updates made), or "epoch".
+            options: of ``find_phases``: ``flat``, ``confidence``, ``n_boot``, ``seed``.
+
+        Raises:
+            InputError: for a name the run does not have, or too few snapshots, pairs or replicas.
+        """
+        from local_elasticity.phases import phases_of
+
+        return phases_of(self, definition, update, over, time, options)
 
     def plot(self, definition: str | None = None, update: str | None = None) -> Figure:
         """S_rel over training for each class pair, as in the first paper's figures."""
@@ -331,7 +360,7 @@ class ZarrStore:
 
 
 def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) -> bool:
-    """Make a run's folder and note its configuration; True when it holds an earlier part of the same run.
+    """Make the folder of a run or a study and note its configuration; True when it holds a part of the same run.
 
     Raises:
         InputError: when the folder holds something else, or a run with another configuration.
@@ -341,18 +370,20 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
     partial = note.with_suffix(".partial")
     stored = _stored_configuration(note)
-    ours = locate(out) is not None or (stored is not None and {"schedule", "definitions"} <= set(stored))
+    ours = locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
     if out.exists() and not ours and any(path != partial for path in out.iterdir()):
         raise InputError(
-            expected="an empty folder or a run",
+            expected="an empty folder, or one that a run or a study made",
             got=f"something else in {out}",
             do="choose another --out, or empty it yourself",
         )
     if overwrite and ours:
         shutil.rmtree(out)
         stored = None
+    elif ours and all(path in (note, partial) for path in out.iterdir()):
+        stored = None  # a run that failed before it wrote anything may be tried again with other settings
     out.mkdir(parents=True, exist_ok=True)
-    now = json.loads(json.dumps(configuration, default=str))
+    now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
     if stored is not None and stored != now:
         differing = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
         raise InputError(

@@ -49,6 +49,22 @@ class Step(ABC):
     def _write_one(self, index: int, weight: Tensor, gradient: Tensor, out: Tensor) -> None:
         out.copy_(self.stepped(index, weight, gradient))
 
+    def affine(self) -> tuple[list[float], list[Tensor] | None] | None:
+        """The step as factor x gradient + a direction common to all sources; None where it is no such step.
+
+        Returns:
+            A factor for each parameter, and the common directions (None where there are none).
+        """
+        return None
+
+    def narrowed(self, parts: Mapping[int, tuple[slice, ...]]) -> Step:
+        """The same step on parts of some weights, by index; for elementwise steps only."""
+        other = copy.copy(self)
+        other.weights = [
+            weight[parts[index]].contiguous() if index in parts else weight for index, weight in enumerate(self.weights)
+        ]
+        return other
+
     def directions(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """All directions of one source, zeros where a parameter got no gradient."""
         return [
@@ -116,6 +132,10 @@ class _PlainSGD(Step):
 
     def direction(self, index: int, weight: Tensor, gradient: Tensor) -> Tensor:
         return -self.rule.lr * self._gradient(weight, gradient)
+
+    def affine(self) -> tuple[list[float], list[Tensor] | None]:
+        decay = [-self.rule.lr * self.rule.weight_decay * weight for weight in self.weights]
+        return [-self.rule.lr] * len(self.weights), decay if self.rule.weight_decay else None
 
     def _write_one(self, index: int, weight: Tensor, gradient: Tensor, out: Tensor) -> None:
         torch.add(weight, self._gradient(weight, gradient), alpha=-self.rule.lr, out=out)
@@ -271,6 +291,15 @@ class _LiveRule(Step):
             return torch.zeros_like(weight)
         return self._direction(weight, gradient, group, self.states[index])
 
+    def narrowed(self, parts: Mapping[int, tuple[slice, ...]]) -> Step:
+        other = super().narrowed(parts)
+        assert isinstance(other, _LiveRule)
+        other.states = [
+            {key: _part(value, self.weights[index], parts.get(index)) for key, value in state.items()}
+            for index, state in enumerate(self.states)
+        ]
+        return other
+
     @abstractmethod
     def _stepped(self, weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor: ...
 
@@ -284,6 +313,13 @@ def _like(key: str, value: Any, weight: Tensor) -> Any:
     if isinstance(value, Tensor) and value.shape == weight.shape and key not in ("step", "mu_product", "eta", "mu"):
         return value.detach().to(weight)
     return value
+
+
+def _part(value: Any, weight: Tensor, part: tuple[slice, ...] | None) -> Any:
+    """The part of a state tensor that belongs to a part of its weight."""
+    if part is None or not isinstance(value, Tensor) or value.shape != weight.shape:
+        return value
+    return value[part].contiguous()
 
 
 class _LiveSGD(_LiveRule):
@@ -304,6 +340,18 @@ class _LiveSGD(_LiveRule):
 
     def _direction(self, weight: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         return -group["lr"] * self._descent(weight, gradient, group, state)
+
+    def affine(self) -> tuple[list[float], list[Tensor] | None]:
+        factors = []
+        for group, state in zip(self.groups, self.states, strict=True):
+            if group is None:
+                factors.append(0.0)
+                continue
+            momentum, started = group["momentum"], state.get("momentum_buffer") is not None
+            kept = (1 - group["dampening"] if started else 1.0) if momentum else 1.0
+            factors.append(-group["lr"] * (1 + momentum * kept if momentum and group["nesterov"] else kept))
+        common = [self.direction(i, weight, torch.zeros_like(weight)) for i, weight in enumerate(self.weights)]
+        return factors, common if any(bool(direction.any()) for direction in common) else None
 
 
 class _LiveAdam(_LiveRule):

@@ -53,8 +53,3 @@ def test_idx_sets(name):
     x, _ = train.tensors()
     assert x.mean().item() == pytest.approx(0, abs=1e-3)
     assert x.std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_svhn():
-    train = at_hand("svhn")
-    assert train.n_classes == 10

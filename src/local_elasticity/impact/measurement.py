@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,16 +15,18 @@ from torch import Tensor, nn
 
 from local_elasticity.errors import InputError, NoiseWarning, nearest
 from local_elasticity.impact import checks
+from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
 from local_elasticity.impact.plan import MemoryMeter, Plan
 from local_elasticity.impact.problem import LossFunction, Problem
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.trimming import trimmed
 from local_elasticity.updates import Update
 
 Engine = Literal["auto", "replay", "linear"]
 Outputs = Literal["logits", "probabilities", "values"]
-Route = Literal["step", "vmap"]
+Route = Literal["step", "vmap", "contract", "jvp"]
 
 
 @dataclass
@@ -94,12 +97,15 @@ def measure(
         sources: inputs (n_s, ...) and labels (n_s, ...): where an update is taken.
         targets: inputs (n_t, ...): where we look; the sources themselves by default.
         update: the step, for example ``SGD(lr=0.01)``, ``Adam(lr=1e-4)`` or ``from_optimizer(opt)``.
-        engine: "replay" takes the finite step; "linear" its first-order limit (one Jacobian-vector product a source);
-            "auto" is replay.
+        engine: "replay" takes the finite step; "linear" its first-order limit. "auto" is "linear" where that says the
+            same for less: 16 sources or more, an update that is affine in the gradient (SGD with or without momentum
+            and decay), first-order change of the checked pairs within 1 % of the finite one (or the finite one lost
+            in rounding), and fewer predicted seconds; else "replay". ``plan.notes`` says what decided.
         outputs: what the model emits; probability definitions refuse "values".
-        chunk_size: sources at once; by default chosen by timing a few sources.
+        chunk_size: sources at once (engine linear: samples captured at once); by default chosen by a pilot.
         target_chunk_size: targets in one forward pass; all of them by default.
-        route: "step" or "vmap"; by default chosen by timing a few sources. Forcing it makes runs repeatable.
+        route: "step" or "vmap" for replay, "contract" (all pairs at once) or "jvp" (source by source, any update) for
+            linear; by default chosen by timing a few. Forcing it makes runs repeatable.
         mode: "eval", "train" or "as_is" for the module's flags during the measurement.
         dtype: measure on a copy converted to this dtype, for example ``torch.float64``.
         check_pairs: targets of the first source at which the other engine is asked too; 0 turns the check off.
@@ -133,18 +139,29 @@ def measure(
     with torch.inference_mode(False), preserved(model, mode) as streams:
         step = update.bind(parameters, originals)
         problem = Problem(model, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size, streams)
-        problem.look_before(outputs)
-        meter = MemoryMeter(next(iter(parameters.values())).device)
-        run = measure_linear if engine == "linear" else measure_replay
-        result = run(
-            problem,
-            chunk_size=chunk_size,
-            route=route,
-            check_pairs=check_pairs,
-            max_memory=max_memory,
-            progress=progress,
-            meter=meter,
-        )
+        run, notes = measure_linear, []
+        if engine == "auto":
+            problem.look_before(outputs)
+            run, notes = choose(
+                problem, chunk_size=chunk_size, route=route, check_pairs=check_pairs, max_memory=max_memory
+            )
+        elif engine == "replay":
+            run = measure_replay
+        with trimmed(problem, outputs) if run is measure_replay else nullcontext(0) as left_out:
+            problem.look_before(outputs)
+            meter = MemoryMeter(next(iter(parameters.values())).device)
+            result = run(
+                problem,
+                chunk_size=chunk_size,
+                route=route,
+                check_pairs=check_pairs,
+                max_memory=max_memory,
+                progress=progress,
+                meter=meter,
+            )
+        result.plan.notes += notes
+        if left_out:
+            result.plan.notes.append(f"{left_out:,} weights only ever meet padding and were left out")
     plan: Plan = result.plan
     plan.peak_bytes = meter.rise
     plan.measured_seconds = time.perf_counter() - started

@@ -19,7 +19,8 @@ class Plan:
     Attributes:
         engine: "replay" (finite step) or "linear" (first order).
         route: "step" (one source after the other, the weights pointed at a stepped buffer) or "vmap" (several sources
-            at once by ``torch.func``); "jvp" for the linear engine.
+            at once by ``torch.func``); for the linear engine "contract" (all pairs, layer by layer) or "jvp" (one
+            Jacobian-vector product a source).
         chunk_size: sources taken at once.
         target_chunk_size: targets in one forward pass.
         threads: intra-op threads of torch.
@@ -27,6 +28,8 @@ class Plan:
         measured_seconds: what it took, pilot and checks included.
         seconds_per_source: what the pilot saw, by route and chunk, for example ``{"step": 0.05, "vmap:8": 0.02}``.
         estimated_bytes: weights' copies, gradients and the results.
+        estimated_routes: seconds that each admissible route would take, by the pilot.
+        ways: route "contract": for each parameter the rule's form, or why it fell back to per-sample gradients.
         peak_bytes: rise of resident memory seen between sources (on CUDA: of allocated memory); None where unknown.
         notes: what was ruled out, and why.
     """
@@ -42,6 +45,8 @@ class Plan:
     estimated_bytes: int = 0
     peak_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
+    estimated_routes: dict[str, float] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a run's attributes."""

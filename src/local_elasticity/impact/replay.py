@@ -188,14 +188,16 @@ def _choose_route(
     weight_bytes: int,
     bar: Progress,
 ) -> int:
-    """Time a few sources by each route, keep the fastest; returns how many sources are done (they are kept)."""
+    """Time a few sources by each route, keep the fastest; returns how many sources are done.
+
+    None are where another route than the pilot's is taken: numbers depend on the route, and never on who chose it.
+    """
     pilots = min(3, problem.n_sources)
     seconds = []
     for source in range(pilots):
         started = time.perf_counter()
         _take(problem, plan, results, buffers, source)
         seconds.append(time.perf_counter() - started)
-        bar.advance()
     plan.seconds_per_source["step"] = min(seconds)
     left = problem.n_sources - pilots
     if left >= PILOT_CHUNKS[0]:
@@ -203,9 +205,11 @@ def _choose_route(
     fastest = min(plan.seconds_per_source, key=plan.seconds_per_source.__getitem__)
     plan.route, _, chunk = fastest.partition(":")
     plan.chunk_size = int(chunk or 1)
-    plan.estimated_seconds = sum(seconds) + left * plan.seconds_per_source[fastest]
+    done = pilots if plan.route == "step" else 0
+    plan.estimated_seconds = sum(seconds) + (problem.n_sources - done) * plan.seconds_per_source[fastest]
     bar.estimate(plan.estimated_seconds)
-    return pilots
+    bar.advance(done)
+    return done
 
 
 def _try_vmap(problem: Problem, plan: Plan, results: _Results, pilots: int, limit: int, weight_bytes: int) -> None:

@@ -1,8 +1,20 @@
 """The studies of the papers: one file each, and one line here."""
 
+from local_elasticity.studies.dan2023_flows import FLOWS
 from local_elasticity.studies.dan2023_images import CIFAR10
+from local_elasticity.studies.dan2023_regression import REGRESSION
+from local_elasticity.studies.dan2023_ridge import RIDGE
+from local_elasticity.studies.hesu2020_clustering import CLUSTERING
+from local_elasticity.studies.hesu2020_synthetic import SYNTHETIC
 
-STUDIES = {"dan2023-cifar10": CIFAR10}
+STUDIES = {
+    "dan2023-cifar10": CIFAR10,
+    "dan2023-flows": FLOWS,
+    "dan2023-regression": REGRESSION,
+    "dan2023-ridge": RIDGE,
+    "hesu2020-clustering": CLUSTERING,
+    "hesu2020-synthetic": SYNTHETIC,
+}
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""
 
 __all__ = ["STUDIES"]

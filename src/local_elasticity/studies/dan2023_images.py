@@ -85,7 +85,8 @@ class ImageStudy:
         images = images.take(size.per_class, self.seed)
         source: Any = images.source
         test = le.data.cifar10("test", source=source).subset(self.classes)
-        settings = {**asdict(self), **asdict(size), "scale": scale, "data_origin": images.origin}
+        mine = {name: value for name, value in asdict(self).items() if name not in ("title", "cost")}
+        settings = {**mine, **asdict(size), "scale": scale, "data_origin": images.origin}
         settings["test_data"] = f"{len(test)} images of the true test split, {test.origin}"
         prepare_folder(out, settings, overwrite)
         print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; data: {images.origin}")

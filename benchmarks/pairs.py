@@ -1,0 +1,387 @@
+"""Time the first-order engine beside the plain reference, peers and the floor: every pair of samples at once.
+
+What is compared, always on the same inputs in one process (peers in a Python of their own):
+
+- the mixed product <J_c(x'), grad L(x)> of an MLP with 1.84 M parameters, against the clone-and-step loop;
+- the Gram matrix of per-sample gradients of an MLP, a small convolutional network and a ResNet-18, against
+  ``vmap(grad)`` and a matrix product, and against kronfluence, captum and dattri where they are installed;
+- He and Su's setting, a two-layer network of width 40,960 with 1,000 samples: seconds and memory;
+- one snapshot of the published protocol with an SGD probe, against the bare passes that a finite step cannot leave out.
+
+Seconds are of the processor (all threads together), which a busy machine disturbs less; He and Su's bound is by the
+clock. Peers need an environment of their own: ``--peers PYTHON`` or the variable LOCAL_ELASTICITY_PEERS.
+
+Run it as ``local-elasticity bench pairs`` or ``python benchmarks/pairs.py [--quick] [--peers PYTHON] [--out FILE]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import local_elasticity
+from local_elasticity.errors import NoiseWarning
+from local_elasticity.impact import Impact, measure
+from local_elasticity.impact.contraction import contract
+from local_elasticity.networks import MLP, SimpleConv, resnet18_plain
+from local_elasticity.updates import SGD
+
+MIB = 2**20
+HEADINGS = ("work", "seconds", "ratio", "bound", "verdict")
+HOW_TO_PEERS = (
+    "peers: not installed. Make an environment for them (python -m venv peers; peers/bin/pip install torch kronfluence "
+    "captum dattri; peers/bin/pip uninstall torchvision) and pass --peers peers/bin/python"
+)
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    work: str
+    seconds: float | None = None
+    ratio: str = ""
+    bound: str = ""
+    holds: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """What the table shows."""
+        verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
+        return self.work, "" if self.seconds is None else f"{self.seconds:.3g}", self.ratio, self.bound, verdict
+
+
+def least(row: str, one: float, other: float, bound: float) -> Row:
+    """A row that asks for one / other >= bound."""
+    return Row(row, None, f"{one / other:.1f}", f">= {bound:g}", one / other >= bound)
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The smallest processor time of a few runs, after one that warms up."""
+    if repeats > 1:
+        work()
+    found = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+def quiet(*args: object, **settings: object) -> Impact:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoiseWarning)
+        return measure(*args, **settings)  # type: ignore[arg-type]
+
+
+# --- the mixed product -------------------------------------------------------------------------------------------
+
+
+def clone_and_step(model: nn.Module, x: Tensor, y: Tensor, targets: Tensor, lr: float) -> Tensor:
+    """Copy the network, take a step at each source, look at all targets; returns (sources, targets, outputs)."""
+    looked = []
+    with torch.no_grad():
+        before = model(targets)
+    for source in range(len(x)):
+        stepped = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(stepped.parameters(), lr=lr)
+        cross_entropy(stepped(x[source : source + 1]), y[source : source + 1]).backward()
+        optimizer.step()
+        with torch.no_grad():
+            looked.append(stepped(targets) - before)
+    return torch.stack(looked)
+
+
+def mixed_product(n: int, repeats: int) -> list[Row]:
+    torch.manual_seed(0)
+    model = MLP(3072, 10, depth=2, width=512).double()
+    parameters = sum(p.numel() for p in model.parameters())
+    x, y = torch.randn(n, 3072, dtype=torch.float64), torch.arange(n) % 10
+    targets = torch.randn(n, 3072, dtype=torch.float64)
+    impacts = []
+    mine = cpu_seconds(
+        lambda: impacts.append(measure(model, cross_entropy, (x, y), targets, update=SGD(1e-6), engine="linear")),
+        repeats,
+    )
+    some = min(8, n)
+    loop: list[Tensor] = []
+    plain = cpu_seconds(lambda: loop.append(clone_and_step(model, x[:some], y[:some], targets, 1e-6)), 1) / some * n
+    floor = cpu_seconds(lambda: torch.einsum("nd,md->nm", x, targets), repeats)
+    impact = impacts[-1]
+    error = float((loop[-1] - impact.change[:some]).norm() / loop[-1].norm())
+    peak = (impact.plan.peak_bytes or 0) / (2 * n * parameters * 8)
+    name = f"mixed product, {n} x {n} x 10, {parameters / 1e6:.2f} M parameters, float64"
+    return [
+        Row(f"{name}: clone and step ({some} sources, scaled)", plain),
+        Row(f"{name}: ours", mine),
+        Row(f"{name}: floor, one matrix product of the inputs", floor),
+        least("  clone and step / ours", plain, mine, 40),
+        Row("  relative error against a real step at 1e-6", None, f"{error:.1e}", "<= 1e-06", error <= 1e-6),
+        Row("  memory / (samples x parameters)", None, f"{peak:.4f}", "<= 0.25", peak <= 0.25),
+        estimate_row(impact),
+    ]
+
+
+def estimate_row(impact: Impact) -> Row:
+    plan = impact.plan
+    ratio = plan.estimated_seconds / plan.measured_seconds
+    text = f"{plan.estimated_seconds:.2f} s / {plan.measured_seconds:.2f} s = {ratio:.2f}"
+    return Row("  the plan's estimate / what it took", None, text, "0.5 .. 2", 0.5 <= ratio <= 2)
+
+
+# --- the Gram matrix ---------------------------------------------------------------------------------------------
+
+
+def gram_reference(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Per-sample gradients by ``vmap(grad)``, flattened, and one matrix product."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy(torch.func.functional_call(model, weights, sample[None]), label[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(values, x, y)
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    return flat @ flat.T
+
+
+def gram(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Ours: the loss's gradient by the outputs, then one contraction."""
+    outputs = model(x).detach().requires_grad_()
+    cotangents = torch.autograd.grad(cross_entropy(outputs, y, reduction="sum"), outputs)[0]
+    return contract(model, x, cotangents, x, cotangents)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
+    "MLP": (lambda: MLP(3072, 10, depth=2, width=512), (3072,), 512, 50),
+    "SimpleConv": (lambda: SimpleConv(10), (1, 32, 32), 512, 3),
+    "ResNet-18 plain": (lambda: resnet18_plain(10), (3, 32, 32), 128, 10),
+}
+
+
+def make(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    build, shape, _, _ = NETWORKS[name]
+    return build().eval(), torch.randn(n, *shape), torch.arange(n) % 10
+
+
+def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> object:
+    return torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+
+
+def keep(kept: dict[str, Tensor], name: str, work: Callable[..., Tensor], *args: object) -> None:
+    kept[name] = work(*args)
+
+
+def gram_matrices(repeats: int, quick: bool, peers: str | None) -> list[Row]:
+    rows = []
+    for name, (_, _, whole, bound) in NETWORKS.items():
+        n = min(whole, 16 if name.startswith("ResNet") else 128) if quick else whole
+        model, x, y = make(name, n)
+        kept: dict[str, Tensor] = {}
+        mine = cpu_seconds(partial(keep, kept, "ours", gram, model, x, y), repeats)
+        plain = cpu_seconds(partial(keep, kept, "plain", gram_reference, model, x, y), 1)
+        floor = cpu_seconds(partial(batch_gradient, model, x, y), repeats)
+        error = float((kept["ours"] - kept["plain"]).norm() / kept["plain"].norm())
+        rows += [
+            Row(f"Gram matrix, {name}, N = {n}: vmap(grad) and a matrix product", plain),
+            Row(f"Gram matrix, {name}, N = {n}: ours (differs by {error:.0e})", mine, holds=error < 1e-4),
+            Row(f"Gram matrix, {name}, N = {n}: floor, one backward pass of the batch", floor),
+            least("  reference / ours", plain, mine, bound),
+        ]
+        for peer, seconds in run_peers(peers, name, n).items():
+            if isinstance(seconds, str):
+                rows.append(Row(f"  {peer}: {seconds}"))
+            else:
+                rows += [Row(f"  {peer}", seconds), least(f"  {peer} / ours", seconds, mine, 1)]
+        if name.startswith("ResNet") and not quick:
+            model, x, y = make(name, 512)
+            rows.append(Row(f"Gram matrix, {name}, N = 512: ours", cpu_seconds(partial(gram, model, x, y), 1)))
+    return rows
+
+
+def run_peers(python: str | None, name: str, n: int) -> dict[str, float | str]:
+    """What each peer takes for one Gram matrix, in its own Python; weights and samples go by a file."""
+    if python is None:
+        return {}
+    child = Path(__file__).resolve().parent / "peers" / "pairs.py"
+    found: dict[str, float | str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, x, y = make(name, n)
+        torch.save({"state": model.state_dict(), "x": x, "y": y}, Path(folder) / "problem.pt")
+        for peer in ("kronfluence", "captum", "dattri"):
+            source = str(Path(local_elasticity.__file__).resolve().parents[1])
+            try:
+                done = subprocess.run(
+                    [python, str(child), peer, name, folder, source, str(torch.get_num_threads())],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=300,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                found[peer] = f"did not run: {type(error).__name__}"
+                continue
+            last = (done.stdout.strip().splitlines() or ["{}"])[-1]
+            try:
+                found[peer] = float(json.loads(last)["seconds"])
+            except (ValueError, KeyError):
+                found[peer] = f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1][:100]}"
+    return found
+
+
+# --- He and Su's setting -----------------------------------------------------------------------------------------
+
+
+def he_su_child(n: int, width: int) -> None:
+    """The whole S_rel matrix of the two-layer network, in a process of its own; prints seconds and bytes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 1))
+    x, y = torch.rand(n, 784) * 2 - 1, (torch.arange(n) % 2).float().unsqueeze(1)
+    start, started = _resident("VmRSS"), time.perf_counter()
+    impact = quiet(
+        model, nn.functional.mse_loss, (x, y), update=SGD(1e-6), engine="linear", outputs="values", max_memory=900 * MIB
+    )
+    s = local_elasticity.s_rel(impact, definition="he_su")
+    seconds = time.perf_counter() - started
+    found = {"seconds": seconds, "bytes": _resident("VmHWM") - start, "diagonal": float(s.diagonal().mean())}
+    print(json.dumps({**found, "estimated": impact.plan.estimated_seconds, "chunk": impact.plan.chunk_size}))
+
+
+def _resident(what: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def he_su(quick: bool) -> list[Row]:
+    n, width = (250, 40_960) if quick else (1000, 40_960)
+    source = str(Path(local_elasticity.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "--he-su-child", str(n), str(width)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    name = f"He and Su: {n} samples, 784-{width}-1, the whole S_rel matrix"
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return [Row(name, None, "failed", "", False)]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    ratio = found["estimated"] / found["seconds"]
+    return [
+        Row(f"{name} (by the clock)", found["seconds"], "", "<= 10 s", found["seconds"] <= 10),
+        Row("  working memory", None, f"{found['bytes'] / MIB:.0f} MiB", "<= 1 GB", found["bytes"] <= 1e9),
+        Row("  the plan's estimate / what it took", None, f"{ratio:.2f}", "0.5 .. 2", 0.5 <= ratio <= 2),
+    ]
+
+
+# --- a snapshot --------------------------------------------------------------------------------------------------
+
+
+def snapshot(repeats: int, quick: bool) -> list[Row]:
+    torch.manual_seed(0)
+    model, x, y = resnet18_plain(3).eval(), torch.randn(60, 3, 32, 32), torch.arange(3).repeat_interleave(20)
+    impacts = []
+    mine = cpu_seconds(
+        lambda: impacts.append(quiet(model, cross_entropy, (x, y), update=SGD(1e-4), engine="linear")), repeats
+    )
+    some = 6 if quick else 60
+    spare = copy.deepcopy(model)
+    parameters = list(spare.parameters())
+
+    def bare() -> None:
+        for source in range(some):
+            loss = cross_entropy(spare(x[source : source + 1]), y[source : source + 1])
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.add_(gradient, alpha=-1e-12)
+                spare(x)
+
+    floor = cpu_seconds(bare, 1) / some * 60
+    return [
+        Row("snapshot, ResNet-18 plain, 60 x 60 x 3, SGD: replay's floor", floor),
+        Row("snapshot, ResNet-18 plain, 60 x 60 x 3, SGD: ours, engine linear", mine),
+        least("  replay's floor / ours", floor, mine, 4),
+        estimate_row(impacts[-1]),
+    ]
+
+
+def main(quick: bool = False, out: Path | None = None, peers: str | None = None) -> int:
+    """Run the comparison and print it.
+
+    Args:
+        quick: smaller sizes and fewer repeats, under a minute; the bounds are asked of them too.
+        out: also write the table here, as markdown.
+        peers: a Python that has kronfluence, captum and dattri; the variable LOCAL_ELASTICITY_PEERS by default.
+
+    Returns:
+        0 where every bound holds, 1 where one does not.
+    """
+    peers = peers or os.environ.get("LOCAL_ELASTICITY_PEERS")
+    console = Console(soft_wrap=True)
+    facts = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    )
+    console.print(facts, highlight=False)
+    repeats = 1 if quick else 3
+    rows: list[Row] = []
+    with torch.random.fork_rng(devices=[]):
+        steps: list[tuple[str, Callable[[], list[Row]]]] = [
+            ("mixed product", lambda: mixed_product(256 if quick else 1024, repeats)),
+            ("He and Su's setting", lambda: he_su(quick)),
+            ("a snapshot", lambda: snapshot(repeats, quick)),
+            ("Gram matrices", lambda: gram_matrices(repeats, quick, peers)),
+        ]
+        for name, step in steps:
+            console.print(f"{name} ...", style="dim")
+            rows += step()
+            for row in [r for r in rows if r.ratio][-3:]:
+                console.print("  " + " ".join(filter(None, row.cells())), style="dim", highlight=False)
+    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in rows:
+        colour = {None: "", True: "green", False: "bold red"}[row.holds]
+        *cells, verdict = row.cells()
+        table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
+    console.print(table)
+    note = "Seconds of the processor, smallest of the repeats. " + ("" if peers else HOW_TO_PEERS)
+    console.print(note, highlight=False)
+    if out is not None:
+        lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
+        text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(f"{text}\n\n{note}\n\n{facts}\n", encoding="utf-8")
+    return 0 if all(row.holds is not False for row in rows) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--he-su-child"]:
+        he_su_child(int(sys.argv[2]), int(sys.argv[3]))
+        sys.exit(0)
+    parser = argparse.ArgumentParser(description="Time the first-order engine beside references, peers and the floor.")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, one repeat")
+    parser.add_argument("--out", type=Path, help="also write the table here, as markdown")
+    parser.add_argument("--peers", help="a Python with kronfluence, captum and dattri")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.quick, arguments.out, arguments.peers))

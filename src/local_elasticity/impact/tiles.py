@@ -1,0 +1,257 @@
+"""Matrices of pairs too large for memory: tile by tile into a zarr store, resumable, spread by joblib.
+
+Each tile is one chunk of the store and is marked done after it was written: a run that was killed goes on where it
+stopped. Tiles go through ``joblib.Parallel``, so ``joblib.parallel_config(backend=..., n_jobs=...)`` spreads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+import xarray
+import zarr
+from torch import Tensor, nn
+
+from local_elasticity.errors import InputError
+from local_elasticity.impact import checks
+from local_elasticity.impact.contracted import per_sample_losses
+from local_elasticity.impact.contraction import contract
+from local_elasticity.impact.measurement import measure
+from local_elasticity.impact.problem import LossFunction, match_rows
+from local_elasticity.impact.progress import Progress
+from local_elasticity.impact.state import preserved
+from local_elasticity.updates import Update
+
+DIMS = {
+    "change": ("source", "target", "output"),
+    "gram": ("source", "target"),
+    "before": ("target", "output"),
+    "source_before": ("source", "output"),
+    "source_change": ("source", "output"),
+    "losses": ("source",),
+    "self_index": ("source",),
+}
+
+
+def measure_tiles(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    sources: tuple[Tensor, Tensor],
+    targets: Tensor | None = None,
+    *,
+    update: Update,
+    out: str | Path,
+    tile: int = 512,
+    engine: str = "linear",
+    overwrite: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> xarray.Dataset:
+    """As ``measure``, into a zarr store: for more pairs than memory holds.
+
+    Args:
+        model: the network.
+        loss_fn: ``loss_fn(outputs, labels)``, called with one sample.
+        sources: inputs and labels.
+        targets: inputs; the sources by default.
+        update: the step.
+        out: the store; the same call continues one that was interrupted.
+        tile: sources, and targets, of one tile.
+        engine: "linear" or "replay"; "auto" could choose differently from tile to tile.
+        overwrite: throw away what is there.
+        progress: show a progress bar over tiles.
+        **settings: as in ``measure``.
+
+    Returns:
+        The store, read lazily: change (source, target, output), before, source_before, source_change, losses,
+        self_index. ``dataset.change[:100].values`` reads a hundred sources.
+
+    Raises:
+        InputError: for bad input, or a store of another measurement.
+    """
+    if engine not in ("linear", "replay"):
+        raise InputError(expected="engine 'linear' or 'replay' for tiles", got=repr(engine), do="choose one")
+    inputs, labels = checks.check_sources(sources)
+    looked_at = inputs if targets is None else checks.check_targets(targets)
+    settings = {"check_pairs": 0, **settings, "engine": engine, "update": update}
+    first = measure(model, loss_fn, (inputs[:1], labels[:1]), looked_at[:1], **settings)
+    settings.setdefault("route", first.plan.route)  # no tile may choose by a timing of its own
+    (n, m), k, dtype = (len(inputs), len(looked_at)), first.before.shape[1], _numpy_type(first.before)
+    shapes = {
+        "change": ((n, m, k), (tile, tile, k), dtype),
+        "before": ((m, k), (tile, k), dtype),
+        "source_before": ((n, k), (tile, k), dtype),
+        "source_change": ((n, k), (tile, k), dtype),
+        "losses": ((n,), (tile,), dtype),
+        "self_index": ((n,), (n,), "int64"),
+    }
+    identity = fingerprint(model, inputs, labels, looked_at, update, {**settings, "update": update.name}, tile)
+    store = _open(Path(out), shapes, (-(-n // tile), -(-m // tile)), identity, overwrite)
+    _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
+
+    def work(row: int, column: int) -> None:
+        i, j = slice(row * tile, min((row + 1) * tile, n)), slice(column * tile, min((column + 1) * tile, m))
+        impact = measure(model, loss_fn, (inputs[i], labels[i]), looked_at[j], **settings)
+        _array(store, "change")[i, j] = impact.change.cpu().numpy()
+        if row == 0:
+            _array(store, "before")[j] = impact.before.cpu().numpy()
+        if column == 0:
+            _array(store, "source_before")[i] = impact.source_before.cpu().numpy()
+            _array(store, "source_change")[i] = impact.source_change.cpu().numpy()
+            _array(store, "losses")[i] = impact.losses.cpu().numpy()
+
+    tiles = itertools.product(range(-(-n // tile)), range(-(-m // tile)))
+    run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
+    return _dataset(Path(out), store)
+
+
+def gradient_gram(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    samples: tuple[Tensor, Tensor],
+    *,
+    out: str | Path,
+    tile: int = 512,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> xarray.Dataset:
+    """Inner products of the samples' loss gradients, all pairs, into a zarr store; only the upper triangle is computed.
+
+    Args:
+        model: the network, measured in eval mode.
+        loss_fn: ``loss_fn(outputs, labels)``, called with one sample.
+        samples: inputs and labels.
+        out: the store; the same call continues one that was interrupted.
+        tile: samples a side of a tile.
+        overwrite: throw away what is there.
+        progress: show a progress bar over tiles.
+
+    Returns:
+        The store, read lazily: gram (source, target).
+
+    Raises:
+        InputError: for bad input, or a store of another measurement.
+    """
+    checks.check_model(model)
+    x, y = checks.check_sources(samples)
+    n, cotangents = len(x), []
+    with preserved(model, "eval"):
+        for some in torch.arange(n).split(tile):
+            with torch.no_grad():
+                outputs = model(x[some])
+            cotangents.append(per_sample_losses(outputs, y[some], loss_fn)[1])
+    u = torch.cat(cotangents)
+    u = u if u.dim() == 2 else u.unsqueeze(1)
+    shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}
+    identity = fingerprint(model, x, y, x, None, {"gram": True}, tile)
+    store = _open(Path(out), shapes, (-(-n // tile), -(-n // tile)), identity, overwrite)
+
+    def work(row: int, column: int) -> None:
+        i, j = (slice(a * tile, min((a + 1) * tile, n)) for a in (row, column))
+        left = (x[i], u[i])
+        right = left if row == column else (x[j], u[j])
+        with preserved(model, "eval"):
+            block = contract(model, *left, *right).cpu().numpy()
+        _array(store, "gram")[i, j] = block
+        if row != column:
+            _array(store, "gram")[j, i] = block.T
+
+    run_tiles(
+        store, itertools.combinations_with_replacement(range(-(-n // tile)), 2), work, progress, f"{n} x {n} pairs"
+    )
+    return _dataset(Path(out), store)
+
+
+def run_tiles(
+    store: zarr.Group,
+    tiles: Iterable[tuple[int, int]],
+    work: Callable[[int, int], None],
+    progress: bool,
+    title: str,
+) -> None:
+    """Do the tiles that are not done yet, and mark each when it has been written; one intra-op thread a task."""
+    done = np.asarray(_array(store, "done")[:])
+    left = [place for place in tiles if not done[place]]
+
+    def one(row: int, column: int) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            work(row, column)
+        finally:
+            torch.set_num_threads(threads)
+        _array(store, "done")[row, column] = True
+
+    with Progress(progress, len(left), title) as bar:
+        for _ in joblib.Parallel(return_as="generator_unordered")(joblib.delayed(one)(*place) for place in left):
+            bar.advance()
+
+
+def fingerprint(
+    model: nn.Module, inputs: Tensor, labels: Tensor, targets: Tensor, update: Update | None, settings: Any, tile: int
+) -> str:
+    """What a store belongs to: weights, samples, update and settings."""
+    total = hashlib.sha256(repr((sorted(settings.items(), key=str), tile)).encode())
+    tensors = [*model.state_dict().values(), inputs, labels, targets]
+    optimizer = getattr(update, "optimizer", None)
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        total.update(repr(state["param_groups"]).encode())
+        tensors += [x for one in state["state"].values() for x in one.values() if isinstance(x, Tensor)]
+    elif update is not None:
+        total.update(repr(update).encode())
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: str, overwrite: bool) -> zarr.Group:
+    if out.exists() and not overwrite:
+        try:
+            store = zarr.open_group(str(out), mode="r+")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                expected="a zarr store, or a path where nothing is", got=f"{out}: {error}", do="choose another out="
+            ) from error
+        if store.attrs.get("identity") != identity:
+            raise InputError(
+                expected="a store of the same weights, samples, update and settings",
+                got=f"{out}, which belongs to another measurement or was not begun by one",
+                do="choose another out=, or pass overwrite=True",
+            )
+        return store
+    store = zarr.open_group(str(out), mode="w")
+    for name, (shape, chunks, dtype) in shapes.items():
+        chunks = tuple(max(1, min(c, s)) for c, s in zip(chunks, shape, strict=True))
+        store.create_array(
+            name, shape=shape, chunks=chunks, dtype=dtype, fill_value=0 if dtype == "int64" else float("nan"),
+            dimension_names=DIMS[name],
+        )  # fmt: skip
+    store.create_array(
+        "done", shape=tiles, chunks=(1, 1), dtype="bool", fill_value=False, dimension_names=("row", "column")
+    )
+    store.attrs["identity"] = identity
+    return store
+
+
+def _array(store: zarr.Group, name: str) -> zarr.Array:
+    found = store[name]
+    assert isinstance(found, zarr.Array)
+    return found
+
+
+def _dataset(out: Path, store: zarr.Group) -> xarray.Dataset:
+    return xarray.open_zarr(out, chunks=None, consolidated=False, zarr_format=3).drop_vars("done")
+
+
+def _numpy_type(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,106 @@
+"""Recordings on disk that the LE-SDE can be estimated from: runs of a tracker, and .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from local_elasticity.errors import InputError
+from local_elasticity.runs import locate, open_run
+
+SIMULATION = "simulation.npz"
+FORMS = (
+    "a run (its class means over the steps), the folder of a simulation, or a .npz file with class_means (T, K, p) or "
+    "(trials, T, K, p), "
+    "or with logits (T, trials, K) and labels (T, trials); t (T,) beside them is optional"
+)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Class means as they were recorded, ready for ``estimate(**recording.data)``.
+
+    Attributes:
+        what: what it is, in words.
+        data: class_means, or logits and labels; t; within_variance where it is known.
+        class_names: of the classes.
+        square: as many coordinates as classes.
+    """
+
+    what: str
+    data: dict[str, Any] = field(repr=False)
+    class_names: tuple[str, ...]
+    square: bool
+
+
+def read_recording(path: str | Path) -> Recording:
+    """Read a run or a .npz file.
+
+    Raises:
+        InputError: for anything else.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if (path / SIMULATION).is_file():
+        return _npz(path / SIMULATION)
+    if locate(path) is None:
+        what = "something else" if path.exists() else "nothing"
+        raise InputError(expected=FORMS, got=f"{what} at {path}", do="check the path")
+    return _run(path)
+
+
+def _run(path: Path) -> Recording:
+    data = open_run(path).dataset
+    if "class_mean_output" not in data or not data.sizes.get("step", 0):
+        raise InputError(expected=FORMS, got=f"a run without class means at {path}", do="track with this version")
+    first = ("replica",) if "replica" in data["class_mean_output"].dims else ()
+    means = data["class_mean_output"].transpose(*first, "step", "class", "output").values
+    found: dict[str, Any] = {"class_means": means, "t": data["step"].values.astype(float)}
+    if "before" in data and "target_label" in data and not first:
+        found["within_variance"] = _within(data["before"].values, data["target_label"].values)
+    names = tuple(str(name) for name in data["class"].values)
+    trials = f"{means.shape[0]} replicas, " if first else ""
+    return Recording(f"run {path}: {trials}{means.shape[-3]} snapshots", found, names, means.shape[-1] == len(names))
+
+
+def _within(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+    """Variance of the probes about their class mean, per coordinate (T, K); None with one probe in a class."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        return None
+    outputs = outputs.astype(np.float64)
+    return np.stack([outputs[:, labels == c].var(axis=1, ddof=1).mean(axis=-1) for c in classes], axis=1)
+
+
+def _npz(path: Path) -> Recording:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files if name in ("class_means", "logits", "labels", "t")}
+            names = file.files
+            variance = file["within_variance"] if "within_variance" in names else np.empty(0)
+    except FileNotFoundError:
+        raise InputError(expected=FORMS, got=f"nothing at {path}", do="check the path") from None
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            expected=FORMS, got=f"a file that cannot be read, {path}: {said}", do="write it again"
+        ) from None
+    forms = ({"class_means"}, {"logits", "labels"})
+    kept = next((form for form in forms if form <= set(found)), None)
+    if kept is None:
+        raise InputError(expected=FORMS, got=f"{path} with {sorted(names)}", do="rename its arrays")
+    data = {name: value for name, value in found.items() if name in kept | {"t"}}
+    main = data["class_means" if "class_means" in kept else "logits"]
+    if main.ndim not in (3, 4):
+        raise InputError(expected=FORMS, got=f"an array of shape {main.shape} in {path}", do="reshape it")
+    if "class_means" in kept and variance.shape == main.shape:
+        data["within_variance"] = variance.reshape(-1, *variance.shape[-3:]).mean(axis=(0, -1))
+    K = main.shape[-2] if "class_means" in kept else main.shape[-1]
+    shape = " x ".join(map(str, main.shape))
+    words = f"{path}: {'class means' if 'class_means' in kept else 'logits and labels'}, {shape}"
+    return Recording(words, data, tuple(str(k) for k in range(K)), main.shape[-1] == K)
