@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact import measure
-from local_elasticity.impact.trimming import live_taps
+from local_elasticity.impact.trimming import narrowed_taps
 from local_elasticity.updates import SGD, Adam, from_optimizer
 
 
@@ -30,10 +30,10 @@ def left_out(impact):
     size=st.integers(1, 6), kernel=st.integers(1, 7), stride=st.integers(1, 3), padding=st.integers(0, 3),
     dilation=st.integers(1, 3),
 )  # fmt: skip
-def test_live_taps_give_the_same_convolution(size, kernel, stride, padding, dilation):
+def test_narrowed_taps_give_the_same_convolution(size, kernel, stride, padding, dilation):
     if size + 2 * padding < dilation * (kernel - 1) + 1:
         return
-    trim = live_taps(size, kernel, stride, padding, dilation)
+    trim = narrowed_taps(size, kernel, stride, padding, dilation)
     x, weight = torch.randn(1, 1, size, dtype=torch.float64), torch.randn(1, 1, kernel, dtype=torch.float64)
     whole = F.conv1d(x, weight, None, stride, padding, dilation)
     if trim is not None:
@@ -43,9 +43,9 @@ def test_live_taps_give_the_same_convolution(size, kernel, stride, padding, dila
 
 
 def test_the_middle_of_three_taps():
-    assert live_taps(1, 3, 1, 1, 1) == (slice(1, 2), 0)
-    assert live_taps(2, 3, 2, 1, 1) == (slice(1, 3), 0)
-    assert live_taps(2, 3, 1, 1, 1) is None
+    assert narrowed_taps(1, 3, 1, 1, 1) == (slice(1, 2), 0)
+    assert narrowed_taps(2, 3, 2, 1, 1) == (slice(1, 3), 0)
+    assert narrowed_taps(2, 3, 1, 1, 1) is None
 
 
 @pytest.mark.parametrize("update", [SGD(0.1), Adam(1e-2), SGD(0.1, weight_decay=0.1)])

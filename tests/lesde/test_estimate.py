@@ -9,7 +9,7 @@ from scipy.signal import savgol_filter
 import local_elasticity as le
 from local_elasticity.cli import main
 from local_elasticity.lesde import published
-from local_elasticity.lesde.estimate import _bootstrap, _weights
+from local_elasticity.lesde.estimate import _bootstrap, _resampled, _weights
 from local_elasticity.lesde.estimators import ESTIMATORS
 from local_elasticity.lesde.observations import observe
 from local_elasticity.lesde.smoothing import LocalQuadratic
@@ -165,6 +165,8 @@ def test_resampling_is_what_it_says(model):
     z, y = log_of(logit_path(3)[:50], 30, 0.3)
     data, rule = observe(logits=z, labels=y), ESTIMATORS[model, "defined"]
     A, B = _bootstrap(data, rule, 3, 4, 5, np.nan)
+    kept = _bootstrap(data, rule, 3, 4, 5, np.nan, _resampled(data, rule, _weights(30, 4, 5)))
+    np.testing.assert_array_equal(kept, (A, B))
     for draw, weights in enumerate(_weights(30, 4, 5)):
         again = np.repeat(np.arange(30), weights.astype(int))
         means = observe(logits=z[:, again], labels=y[:, again]).class_means

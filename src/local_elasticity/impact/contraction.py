@@ -27,6 +27,7 @@ from local_elasticity.impact.state import call_at
 PROBE = 5  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
 BLOCK_BYTES = 32 * 2**20
 DEFAULT_BYTES = 2**30
+LEAST_KEPT = 128  # samples to a chunk, below which captures are rather taken again than kept
 MOVE = 12  # operations of a matrix product that cost as much as moving one number through memory
 
 
@@ -168,6 +169,10 @@ class Contraction:
     def bytes_per_sample(self, rows: int) -> float:
         """Bytes that a capture takes for each sample, by rows of cotangents."""
         return self._bytes[0] + self._bytes[1] * rows
+
+    def held_per_sample(self, rows: int) -> float:
+        """Bytes of each sample that stay once it is captured: half of the inputs' share, and the gradients."""
+        return (self._bytes[0] - 2 * self._bytes[1]) / 2 + self._bytes[1] * rows
 
     # -- captures ---------------------------------------------------------------------------------------------------
 
@@ -691,11 +696,22 @@ def contract(
     same_inputs = left_inputs is right_inputs
     same = same_inputs and left_cotangents is right_cotangents
     derived = same_inputs and not same and _is_unit(right_cotangents)
+    if derived and v.shape[1] == 1:  # one output: a kernel, symmetric, whose rows the left cotangents scale
+        whole = contract(
+            model, right_inputs, v, right_inputs, v, chunk_size=chunk_size, max_memory=max_memory,
+            contraction=contraction, advance=advance,
+        )  # fmt: skip
+        result = u.to(whole).unsqueeze(3) * whole
+        return result.squeeze(1) if left_cotangents.dim() == 2 else result
     n_left, n_right = len(u), len(v)
     dtype = contraction.parameters.parameters[0].dtype
     out = torch.zeros((u.shape[1], n_left, v.shape[1], n_right), dtype=dtype, device=u.device)
     rows = v.shape[1] + (0 if same else u.shape[1])
-    chunk = chunk_size or chunk_for(contraction, rows, max(n_left, n_right), budget if same else budget // 2)
+    rows_bytes = contraction.bytes_per_sample(rows) * (1 if same else 2)
+    spare = budget - n_right * contraction.held_per_sample(v.shape[1])  # where every capture of the right is kept
+    keeps = spare >= rows_bytes * min(n_right, LEAST_KEPT)
+    room = spare if keeps and n_right * rows_bytes > budget else budget
+    chunk = chunk_size or chunk_for(contraction, rows, max(n_left, n_right), int(room if same else room / 2))
     parts = [slice(i, min(i + chunk, n_right)) for i in range(0, n_right, chunk)]
     keep: dict[int, Capture] = {}
     for start in range(0, n_left, chunk):
@@ -704,14 +720,14 @@ def contract(
         if mine is None:
             whole = keep.get(start) or contraction.capture(right_inputs[some], v[some])
             mine = whole if same else whole.combined(u[some].to(whole.outputs))
-            keep = {start: whole}
+            keep = {**keep, start: whole} if keeps else {start: whole}
         for part in parts:
             if same and part.start < start:
                 continue
             other = keep.get(part.start)
             if other is None:
                 other = contraction.capture(right_inputs[part], v[part])
-                if len(parts) == 1:
+                if len(parts) == 1 or keeps:
                     keep[part.start] = other
             contraction.add_products(mine, other, out[:, some, :, part])
             if same and part.start > start:

@@ -202,17 +202,9 @@ class Window:
     @property
     def taps(self) -> tuple[tuple[int, int], ...]:
         """Per dimension the range of taps that ever see an input."""
-        ranges = []
-        for dim, kernel in enumerate(self.kernel):
-            offset = [tap * self.dilation[dim] - self.padding[dim][0] for tap in range(kernel)]
-            last = (self.positions[dim] - 1) * self.stride[dim]
-            live = [
-                tap
-                for tap in range(kernel)
-                if any(0 <= offset[tap] + at < self.size[dim] for at in range(0, last + 1, self.stride[dim]))
-            ]
-            ranges.append((live[0], live[-1] + 1) if live else (0, 0))
-        return tuple(ranges)
+        lows = [low for low, _ in self.padding]
+        numbers = zip(self.size, self.kernel, self.stride, lows, self.dilation, self.positions, strict=True)
+        return tuple(live_taps(*dimension) for dimension in numbers)
 
     def patches(self, x: Tensor, groups: int) -> Float[Tensor, "samples groups positions window"]:
         """What each position sees, in the order (taps, channels): channels last copy in long runs."""
@@ -250,6 +242,13 @@ class Window:
         seen = seen.reshape(*seen.shape[:-1], *(b - a for a, b in taps), channels).movedim(-1, -1 - len(taps))
         sides = [n for (a, b), k in zip(reversed(taps), reversed(self.kernel), strict=True) for n in (a, k - b)]
         return F.pad(seen, sides)
+
+
+def live_taps(size: int, kernel: int, stride: int, low: int, dilation: int, positions: int) -> tuple[int, int]:
+    """The range of one dimension's taps outside of which only padding is ever seen; (0, 0) where nothing else is."""
+    offsets = [tap * dilation - low for tap in range(kernel)]
+    live = [t for t, offset in enumerate(offsets) if any(0 <= offset + o * stride < size for o in range(positions))]
+    return (live[0], live[-1] + 1) if live else (0, 0)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.impact.checks import check_labels
+from local_elasticity.impact.layers import live_taps
 from local_elasticity.impact.problem import Problem
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -129,7 +130,7 @@ def _sizes(problem: Problem, modules: list[Convolution]) -> dict[Convolution, se
 def _trim(module: Any, index: int, size: tuple[int, ...]) -> _Trim | None:
     """What is left of a convolution on images of this size; None where all of it sees data."""
     geometry = zip(size, module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
-    ends = [live_taps(*numbers) for numbers in geometry]
+    ends = [narrowed_taps(*numbers) for numbers in geometry]
     if all(end is None for end in ends):
         return None
     whole = zip(ends, module.kernel_size, module.padding, strict=True)
@@ -138,7 +139,7 @@ def _trim(module: Any, index: int, size: tuple[int, ...]) -> _Trim | None:
     return _Trim(module, index, live, tuple(padding for _, padding in parts))
 
 
-def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[slice, int] | None:
+def narrowed_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[slice, int] | None:
     """The taps of one dimension that see data at some position, and the padding that keeps the output as it is.
 
     Returns:
@@ -146,16 +147,13 @@ def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) 
     """
     span = dilation * (kernel - 1) + 1
     positions = (size + 2 * padding - span) // stride + 1
-    live = [
-        tap for tap in range(kernel) if any(0 <= o * stride - padding + tap * dilation < size for o in range(positions))
-    ]
-    if not live or live[-1] - live[0] == kernel - 1:
+    first, stop = live_taps(size, kernel, stride, padding, dilation, positions)
+    if stop - first in (0, kernel):
         return None
-    first, last = live[0], live[-1]
     left = padding - first * dilation
-    if left < 0 or (size + 2 * left - dilation * (last - first) - 1) // stride + 1 != positions:
+    if left < 0 or (size + 2 * left - dilation * (stop - 1 - first) - 1) // stride + 1 != positions:
         return None
-    return slice(first, last + 1), left
+    return slice(first, stop), left
 
 
 def _same(

@@ -36,7 +36,8 @@ Series = Float[np.ndarray, " T"]
 QUANTITIES = ("A", "B", "alpha", "beta", "gap")
 CLEAR, DRIFTING = 50.0, 3.0  # signal to noise at which one step is baseline enough; drift in standard errors
 WEAK, FLOOR = 5.0, 3.0  # signal to noise under which a baseline, and a mode, are called weak
-_AT_ONCE = 1 << 21  # numbers of resampled features at a time
+_AT_ONCE = 1 << 20  # numbers of resampled features at a time
+_KEPT = 1 << 25  # of which so many are kept, so that they are drawn once only
 _PILOT = 12  # draws by which windows are chosen and noise is judged
 
 
@@ -160,28 +161,28 @@ class Fit:
         )
         return Average(value, float(low[0]), float(high[0]))
 
-    def tail(self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap"] = "alpha") -> TailExponent:
+    def tail(
+        self, method: TailMethod = "dyadic", quantity: Literal["alpha", "beta", "gap", "across"] = "alpha"
+    ) -> TailExponent:
         """Exponent r of a decay like t^-r, with its interval.
 
         Args:
             method: "dyadic" (slope of block averages; recommended), "loglog" (from the slope of log A; for r < 1
                 only) or "official" (the published index, which is a level and not an exponent).
-            quantity: "alpha", "beta" or "gap", through its integral.
+            quantity: "alpha", "beta", "gap" (alpha - beta), or "across" (alpha + beta/(K-1), by which the L-model
+                separates when beta > 0), through its integral.
 
         Raises:
             InputError: for an unknown method or quantity.
         """
-        integral = {"alpha": ("A", self.A), "beta": ("B", self.B), "gap": ("gap", self.A - self.B)}
-        if quantity not in integral:
-            raise InputError(expected=f"one of {list(integral)}", got=repr(quantity), do="choose one of them")
-        draws = None
-        if self._draws is not None:
-            A, B = self._draws
-            draws = {"alpha": A, "beta": B}.get(quantity)
-            draws = A - B if draws is None else draws
+        weights = {"alpha": (1, 0), "beta": (0, 1), "gap": (1, -1), "across": (1, 1 / (self.n_classes - 1))}
+        if quantity not in weights:
+            raise InputError(expected=f"one of {list(weights)}", got=repr(quantity), do="choose one of them")
+        a, b = weights[quantity]
+        draws = None if self._draws is None else a * self._draws[0] + b * self._draws[1]
         return tail_exponent(
             self.t,
-            integral[quantity][1],
+            a * self.A + b * self.B,
             draws,
             method=method,
             window=self.window,
@@ -339,7 +340,11 @@ def estimate(
     width = _given_window(window, T)
     no_interval = _no_interval(data, n_boot)
     features = rule.of_cells(data.class_means)
-    pilot = None if data.n_trials < 2 else _resampled(data, rule, _weights(data.n_trials, _PILOT, seed))
+    drawn = pilot = None
+    if data.n_trials > 1:
+        whole = n_boot * features.size <= _KEPT
+        drawn = _resampled(data, rule, _weights(data.n_trials, max(int(n_boot), _PILOT) if whole else _PILOT, seed))
+        pilot, drawn = drawn[:_PILOT], drawn if whole and not no_interval else None
     if baseline_window is None:
         base = 1 if estimator == "published" else _baseline_window(rule, features, pilot)
     else:
@@ -351,7 +356,7 @@ def estimate(
         A, B = np.full(T, np.nan), np.full(T, np.nan)
         no_interval = no_interval or "a mode is 0 at the baseline"
     if not no_interval:
-        draws = _bootstrap(data, rule, base, int(n_boot), seed, start)
+        draws = _bootstrap(data, rule, base, int(n_boot), seed, start, drawn)
     if width is None:
         width = choose_window(
             data.t, _filled(np.stack([A, B]), data.t), () if draws is None else [x[:_PILOT] for x in draws]
@@ -426,26 +431,42 @@ def _resampled(data: Observations, rule: Estimator, weights: np.ndarray, stop: i
     """Features of the resampled class means at the first ``stop`` steps."""
     stop = len(data.t) if stop is None else stop
     per_step = data.class_means.shape[1] * data.class_means.shape[2]
-    stretches = _stretches(data, len(weights), per_step, stop)
-    return np.concatenate([_means_of(data, rule, weights, *at) for at in stretches], axis=1)
+    parts = _stretches(data, len(weights), per_step, stop)
+    first = _means_of(data, rule, weights, *parts[0])
+    if len(parts) == 1:
+        return first
+    out = np.empty((len(weights), stop, *first.shape[2:]))
+    out[:, : parts[0][1]] = first
+    for begin, end in parts[1:]:
+        out[:, begin:end] = _means_of(data, rule, weights, begin, end)
+    return out
 
 
 def _bootstrap(
-    data: Observations, rule: Estimator, base: int, n_boot: int, seed: int, otherwise: np.ndarray
+    data: Observations,
+    rule: Estimator,
+    base: int,
+    n_boot: int,
+    seed: int,
+    otherwise: np.ndarray,
+    drawn: np.ndarray | None = None,
 ) -> tuple[Float[np.ndarray, "n_boot T"], Float[np.ndarray, "n_boot T"]]:
     """A and B of every resample of the trials; steps that a resample left empty are filled in time.
 
-    A class that a resample does not have in the baseline keeps that of all trials (``otherwise``).
+    A class that a resample does not have in the baseline keeps that of all trials (``otherwise``). ``drawn`` are the
+    features of the resamples, where they were kept.
     """
     weights = _weights(data.n_trials, n_boot, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        start = np.nanmean(_resampled(data, rule, weights, base), axis=1, keepdims=True)
+        first = _resampled(data, rule, weights, base) if drawn is None else drawn[:n_boot, :base]
+        start = np.nanmean(first, axis=1, keepdims=True)
     start = np.where(np.isnan(start), otherwise, start)
     draws = np.empty((2, n_boot, len(data.t)))
     per_step = data.class_means.shape[1] * data.class_means.shape[2]
     for begin, end in _stretches(data, n_boot, per_step, len(data.t)):
-        draws[:, :, begin:end] = rule.rates(_means_of(data, rule, weights, begin, end), start)
+        part = _means_of(data, rule, weights, begin, end) if drawn is None else drawn[:n_boot, begin:end]
+        draws[:, :, begin:end] = rule.rates(part, start)
     draws = _finite(draws)
     draws = draws[:, ~np.isnan(draws).all(axis=(0, 2))]  # a resample of one trial only never has all classes
     if draws.shape[1] < 2:

@@ -32,12 +32,12 @@ def percentiles(
     ordered = np.array(draws.T, order="C")
     ordered.sort(axis=1)
     n = len(draws)
-    less = (ordered < estimate[:, None]).sum(axis=1) + 0.5 * (ordered == estimate[:, None]).sum(axis=1)
+    less = np.count_nonzero(ordered < estimate[:, None], axis=1)
     shift = 2 * ndtri(np.clip(less / n, 0.5 / n, 1 - 0.5 / n)).clip(-MOST_BIAS, MOST_BIAS)
     reach = np.sqrt(trials / (trials - 1)) * stdtrit(trials - 1, (1 - confidence) / 2) if trials > 1 else -np.inf
     ends = []
     for side in (reach, -reach):
-        place = ndtr(shift + side) * (n - 1)
+        place = np.clip(ndtr(shift + side) * (n + 1) - 1, 0, n - 1)  # the i-th of n lies at i / (n + 1) on average
         below = np.minimum(place.astype(int), n - 2)[:, None]
         low, high = (np.take_along_axis(ordered, below + step, axis=1)[:, 0] for step in (0, 1))
         ends.append(low + (place - below[:, 0]) * (high - low))

@@ -168,14 +168,14 @@ def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], m
 
 
 def _kept(keep: Keep, z: Tensor) -> Tensor | None:
-    """What is kept of deviations z (paths, K, n, p) whose mean counts for nothing."""
+    """What is kept of deviations z (paths, K, p, n) whose mean counts for nothing."""
     if keep == "means":
         return None
-    mean = z.mean(dim=2)
+    mean = z.mean(dim=3)
     if keep == "clouds":
-        return z - mean[:, :, None]
+        return (z - mean[..., None]).transpose(2, 3)
     flat = z.flatten(0, 1)
-    second = torch.bmm(flat.transpose(1, 2), flat).unflatten(0, z.shape[:2]) / z.shape[2]
+    second = torch.bmm(flat, flat.transpose(1, 2)).unflatten(0, z.shape[:2]) / z.shape[3]
     return second - mean[..., :, None] * mean[..., None, :]
 
 
@@ -196,19 +196,19 @@ class _Clouds:
         k, p = sde.means.shape
         self.kept = request.keep != "means"
         self.plain = sde.noise.common
-        self.root = request.tensor(sde.noise.root).transpose(1, 2)
-        shape = (paths, k, request.n, p)
+        self.root = request.tensor(sde.noise.root)
+        shape = (paths, k, p, request.n)  # products over the samples are fastest with these last
         self.z = self.noise = request.tensor(np.zeros(1))
         if self.kept:
             self.noise = torch.empty(shape, dtype=request.dtype, device=request.device)
             self.noise.normal_(generator=request.generator)
-            self.z = self.noise @ request.tensor(root(sde.initial_covariance)).transpose(1, 2)
+            self.z = request.tensor(root(sde.initial_covariance)) @ self.noise
 
     def grow(self, variance: float) -> None:
         """Add noise of this variance."""
         if self.kept and variance > 0 and self.request.n > 1:
             self.noise.normal_(generator=self.request.generator)
-            noise = self.noise if self.plain else self.noise @ self.root
+            noise = self.noise if self.plain else self.root @ self.noise
             self.z.add_(noise, alpha=variance**0.5)
 
     def look(self) -> Tensor | None:
@@ -263,7 +263,7 @@ def _own(
             x = x + request.normal(paths * request.n, k * p) @ spread(at).T
         cloud = x.view(paths, request.n, k, p).transpose(1, 2)
         mean = cloud.mean(dim=2)
-        yield which, at, mean, _kept(request.keep, cloud.contiguous())
+        yield which, at, mean, _kept(request.keep, cloud.transpose(2, 3).contiguous())
 
 
 # --- the discrete recursion --------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
                     y += due[..., None] * (request.normal(paths, k, request.n, p) @ roots.transpose(1, 2))
                     seen[:] = spent[m]
                 mean = y.mean(dim=2)
-                yield which, at, mean + moved, _kept(request.keep, y)
+                yield which, at, mean + moved, _kept(request.keep, y.transpose(2, 3))
                 at += 1
 
 

@@ -37,18 +37,21 @@ class Verdict:
 def judge(fit: Fit) -> Verdict:
     """Compare the decay of alpha - beta with 1/t, and say what it rests on.
 
-    Slower than 1/t separates, faster does not, as long as the noise within classes does not vanish. On a record of
-    finite length only an interval that lies on one side of 1 decides.
+    Slower than 1/t separates, faster does not, as long as the noise within classes does not vanish. In the L-model the
+    larger of A - B and A + B/(K-1) separates, so that where B > 0 at the end alpha + beta/(K-1) stands in its place. On
+    a record of finite length only an interval that lies on one side of 1 decides.
     """
-    exponent = fit.tail("dyadic", "gap")
+    across = fit.model == "logits" and fit.B[-1] > 0
+    exponent = fit.tail("dyadic", "across" if across else "gap")
+    rate = "alpha + beta/(K-1)" if across else "alpha - beta"
     low, high, r = exponent.low, exponent.high, exponent.value
-    seen = f"alpha - beta goes like t^{-r:.2f}" + ("" if np.isnan(low) else f" [{-high:.2f}, {-low:.2f}]")
+    seen = f"{rate} goes like t^{-r:.2f}" + ("" if np.isnan(low) else f" [{-high:.2f}, {-low:.2f}]")
     grown, decayed = _growth(fit)
     word: Word = "undecided"
-    if decayed:
+    if decayed and not across:
         word, why = "not separable", "over the last octave A - B falls: classes are impelled towards each other"
     elif np.isnan(r):
-        why = f"the decay of alpha - beta cannot be told ({exponent.reason})"
+        why = f"the decay of {rate} cannot be told ({exponent.reason})"
     elif np.isnan(low):
         why = f"{seen}, but without an interval this cannot be told from 1/t ({exponent.reason or fit.no_interval})"
     elif high < 1:

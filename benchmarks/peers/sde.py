@@ -1,6 +1,6 @@
 """Euler–Maruyama of torchsde and of diffrax on the linear SDE of sde.py, run by the Python of their environment.
 
-``python sde_peers.py torchsde|diffrax-tree|diffrax-unsafe REPEATS`` prints CPU seconds and the final moments as JSON.
+``python sde.py torchsde|diffrax-tree|diffrax-unsafe REPEATS`` prints CPU seconds and the final moments as JSON.
 """
 
 import json
