@@ -102,6 +102,7 @@ class Ensemble:
     runs: dict[int, Run] = field(default_factory=dict)
     _template: Any = field(default=None, repr=False)
     _routes: Sequence[Route] = field(default=(), repr=False)
+    _map: Callable[..., Iterable[Any]] = field(default=map, repr=False)
 
     def __repr__(self) -> str:
         gone = int((self.diverged >= 0).sum())
@@ -129,7 +130,7 @@ class Ensemble:
                 models = [self.model(i).eval() for i in range(len(self.replicas))]
                 return torch.stack([_rows(model(x)) for model in models])
         like = self._routes[0].problem.inputs
-        return torch.cat([route.outputs(x.to(like)) for route in self._routes])
+        return torch.cat(list(self._map(lambda route: route.outputs(x.to(like)), self._routes)))
 
     def class_means(self, n_classes: int | None = None) -> Float[np.ndarray, "steps classes outputs"]:
         """Mean logits over the replicas whose sample at a step has a class: spec lesde 3.2.
@@ -371,15 +372,17 @@ class _Session:
     def run(self, last: int, workers: int, progress: bool) -> None:
         ensemble = self.ensemble
         stops = self._stops(last)
-        if ensemble.step == 0:
-            self._look()
         saved = time.perf_counter()
         left = last - ensemble.step
         pool: Any = ThreadPoolExecutor(workers, initializer=_single) if workers > 1 else nullcontext()
         with Progress(progress, left, "training") as bar, pool as executor:
+            if executor is not None:
+                ensemble._map = executor.map
+            if ensemble.step == 0:
+                self._look()
             for count, stop in enumerate(s for s in stops if s > ensemble.step):
                 started, before = time.perf_counter(), ensemble.step
-                self._advance(stop, executor)
+                self._advance(stop)
                 self.training += time.perf_counter() - started
                 self._look()
                 bar.advance(stop - before)
@@ -393,7 +396,7 @@ class _Session:
                     saved = time.perf_counter()
         if self.recording is not None and ensemble.step >= last:
             self.recording.save(ensemble, self.routes)
-        plan = ensemble.plan
+        plan, ensemble._map = ensemble.plan, map
         ensemble.plan = Plan(plan.route, plan.chunk_size, plan.threads, self.training, self.looking)
         if ensemble.step == ensemble.steps:
             ensemble.runs = {position: tracker.finish() for position, (_, tracker, _) in self.trackers.items()}
@@ -406,15 +409,12 @@ class _Session:
         looks |= set(range(start - start % BLOCK + BLOCK, last, BLOCK)) | {min(start + 20, last), last}
         return sorted(stop for stop in looks if start <= stop <= last)
 
-    def _advance(self, stop: int, executor: ThreadPoolExecutor | None) -> None:
+    def _advance(self, stop: int) -> None:
         ensemble, start = self.ensemble, self.ensemble.step
         index = self.order.between(start, stop)
         tensor = torch.from_numpy(index).to(self.problem.inputs.device)
         jobs = list(zip(self.routes, self.bounds, strict=True))
-        if executor is None:
-            blocks = [_block(route, tensor[:, a:b]) for route, (a, b) in jobs]
-        else:
-            blocks = list(executor.map(lambda job: _block(job[0], tensor[:, job[1][0] : job[1][1]]), jobs))
+        blocks = list(ensemble._map(lambda job: _block(job[0], tensor[:, job[1][0] : job[1][1]]), jobs))
         logits = np.concatenate([block[0] for block in blocks], axis=1)
         losses = np.concatenate([block[1] for block in blocks], axis=1)
         bad = ~np.isfinite(losses)

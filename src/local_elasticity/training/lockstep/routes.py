@@ -24,7 +24,7 @@ from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
 from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
 
 RouteName = Literal["kernels", "vmap", "loop"]
-AT_ONCE = 4096  # samples x replicas of one forward pass when looking
+AT_ONCE = 2**15  # numbers in the inputs of one forward pass when looking: its temporaries should stay in the cache
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Route(ABC):
     def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """What every replica says of the same samples, in eval mode."""
         with torch.no_grad():
-            parts = [self.look(part) for part in x.split(max(1, AT_ONCE // len(self.stack)))]
+            parts = [self.look(part) for part in x.split(max(1, min(4096, AT_ONCE // max(1, x[0].numel()))))]
         return torch.cat(parts, dim=1)
 
     @abstractmethod
@@ -161,10 +161,14 @@ class Kernels(Route):
         super().__init__(stack, problem)
         if chain is None:
             chain = find_chain(stack.template, problem.inputs[:2])
-        modules = dict(stack.template.named_modules())
-        self.layers: list[Kernel] = [
-            KERNELS[type(modules[name])](modules[name], name, stack.weights) for name, _ in chain
-        ]
+        modules = [(name, stack.template.get_submodule(name)) for name, _ in chain]
+
+        def layers(weights: Mapping[str, Tensor]) -> list[Kernel]:
+            return [KERNELS[type(module)](module, name, weights) for name, module in modules]
+
+        self.layers = layers(stack.weights)
+        # One replica at a time when looking: many samples make large matrices already, and stay in the cache.
+        self.alone = [layers({n: w[i : i + 1] for n, w in stack.weights.items()}) for i in range(len(stack))]
         self.loss = stacked_loss(problem.loss_fn)
         self.first = next((i for i, layer in enumerate(self.layers) if layer.trained), len(self.layers))
         with torch.no_grad():
@@ -186,12 +190,14 @@ class Kernels(Route):
         return x, losses
 
     def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
-        """Forward through the layers with the same samples for every replica."""
-        y = arrange(x, 1, len(x))
-        y = y.expand(len(self.stack), *y.shape[1:])
-        for layer in self.layers:
-            y = layer.forward(y, keep=False)
-        return y
+        """Forward through the layers, one replica after the other."""
+        start, parts = arrange(x, 1, len(x)), []
+        for layers in self.alone:
+            y = start
+            for layer in layers:
+                y = layer.forward(y, keep=False)
+            parts.append(y)
+        return torch.cat(parts)
 
 
 class Vmap(Route):
