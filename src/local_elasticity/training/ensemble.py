@@ -44,7 +44,7 @@ Pair = tuple[Tensor, Tensor]
 TrackerMaker = Callable[[nn.Module, "bool | int"], "Tracker"]
 _WEIGHTS, _ORDER, _STREAM = 0, 1, 2  # what a random stream is for
 _DRAWN = 1024  # steps of one draw of samples; any step can be reached without the ones before
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES = 2**23
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -569,11 +569,15 @@ def due(schedule: Schedule, steps: int, *, first: bool = True, last: bool = True
 
 
 def default_chunk(stack: Stack, route: RouteName) -> int:
-    """Replicas in one step: as many as keep their weights in a processor's cache, and no fewer than 8."""
+    """Replicas in one step: as many as keep their weights in a processor's cache, in an even number of chunks.
+
+    It depends on the replicas alone, never on the machine, since the last bits of a number depend on it.
+    """
     if route == "loop":
         return len(stack)
-    each = sum(w[0].numel() * w.element_size() for w in stack.weights.values())
-    return max(8, min(64, _CHUNK_BYTES // max(each, 1)))
+    size = sum(w.numel() * w.element_size() for w in stack.weights.values())
+    chunks = 1 if size <= _CHUNK_BYTES // 2 else 2 * math.ceil(size / _CHUNK_BYTES / 2)
+    return max(8, math.ceil(len(stack) / chunks))
 
 
 # --- checks and small parts ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from local_elasticity.errors import InputError
 from local_elasticity.impact.state import preserved, random_state, set_random_state
 from local_elasticity.training.lockstep.chain import Chain, find_chain
-from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, Unsupported, arrange
+from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, Unsupported, arrange, arranged
 from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
 from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
 
@@ -164,21 +164,19 @@ class Kernels(Route):
         modules = [(name, stack.template.get_submodule(name)) for name, _ in chain]
 
         def layers(weights: Mapping[str, Tensor]) -> list[Kernel]:
-            return [KERNELS[type(module)](module, name, weights) for name, module in modules]
+            return arranged([KERNELS[type(module)](module, name, weights) for name, module in modules])
 
         self.layers = layers(stack.weights)
         # One replica at a time when looking: many samples make large matrices already, and stay in the cache.
         self.alone = [layers({n: w[i : i + 1] for n, w in stack.weights.items()}) for i in range(len(stack))]
         self.loss = stacked_loss(problem.loss_fn)
         self.first = next((i for i, layer in enumerate(self.layers) if layer.trained), len(self.layers))
-        with torch.no_grad():
-            self.sample = self.layers[0].sampler(problem.inputs, problem.batch_size)
 
     @torch.no_grad()
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """Forward through the layers, then backward, every layer moving its weights on the way."""
-        x = self.sample(index)
-        for layer in self.layers[1:]:
+        x = arrange(self.problem.inputs.index_select(0, index.flatten()), *index.shape)
+        for layer in self.layers:
             x = layer.forward(x, keep=True)
         labels = self.problem.labels
         losses, gradient = self.loss(x, labels.index_select(0, index.flatten()).view(*index.shape, *labels.shape[1:]))
