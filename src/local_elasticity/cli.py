@@ -77,7 +77,8 @@ def track(
     --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --seed 0 --out runs/digits
 
     Args:
-        data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, or a folder of class folders of images.
+        data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, geomnist, geomnist-varied, or a folder of class
+            folders of images.
         classes: which classes, by name or label; all of them by default.
         network: mlp, simple-conv, resnet18-plain, resnet18-batchnorm, resnet18-groupnorm, or module:function.
         optimizer: adam, adamw or sgd.

@@ -423,9 +423,7 @@ def layer_metrics(
     """
     names = check_layers(model, layers)
     parts = [layer_outputs(model, part, names, positions) for part in x.split(batch_size)]
-    return {
-        name: metrics(torch.cat([part[name] for part in parts]), labels, weighting=weighting) for name in names
-    }
+    return {name: metrics(torch.cat([part[name] for part in parts]), labels, weighting=weighting) for name in names}
 
 
 def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, ...]:
@@ -435,7 +433,9 @@ def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, .
         InputError: for a name that the network does not have.
     """
     if layers is None:
-        return tuple(n for n, module in model.named_modules() if n and next(module.parameters(recurse=False), None) is not None)
+        return tuple(
+            n for n, module in model.named_modules() if n and next(module.parameters(recurse=False), None) is not None
+        )
     known = {name for name, _ in model.named_modules() if name}
     for layer in layers:
         if layer not in known:
@@ -471,9 +471,7 @@ def _listening(
     def hear(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             if name in found:
-                raise InputError(
-                    expected="layers that are used once", got=f"{name!r} used again", do="leave it out"
-                )
+                raise InputError(expected="layers that are used once", got=f"{name!r} used again", do="leave it out")
             found[name] = to_features(output, positions)
 
         return hook
@@ -490,7 +488,9 @@ def to_features(x: Float[Tensor, "samples ..."], positions: Positions = "mean") 
     """(samples, channels, ...) averaged over positions, or flattened; copied, since later layers may write in place."""
     if positions not in ("mean", "flatten"):
         raise InputError(
-            expected="positions 'mean' or 'flatten'", got=repr(positions), do=nearest(str(positions), ("mean", "flatten"))
+            expected="positions 'mean' or 'flatten'",
+            got=repr(positions),
+            do=nearest(str(positions), ("mean", "flatten")),
         )
     x = x.detach()
     if x.dim() <= 2:

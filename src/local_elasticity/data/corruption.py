@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
+from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError, nearest
 
@@ -21,7 +24,9 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
     """Give some samples a wrong label; a corrupted label is never the right one.
 
     Args:
-        data: labels (samples,), a pair (X, labels), or `LabelledImages`; left as it is.
+        data: labels (samples,) as a tensor, array or list, a pair (X, labels), a ``TensorDataset`` whose last tensor
+            holds the labels, `LabelledImages`, or `TensorData`, of which only the training labels change; left as it
+            is.
         rate: fraction of wrong labels, in [0, 1].
         kind: "exact", as published (arXiv:2110.05960, notebooks): of the n samples of each class floor(rate n), drawn
             without replacement, get the other classes in turn, in equal parts, the last of them what does not divide.
@@ -30,12 +35,12 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
         seed: of the choice; the global random streams are not touched.
 
     Returns:
-        The same kind of thing with other labels.
+        The same kind of thing with other labels; a list comes back as a tensor.
 
     Raises:
         InputError: for a rate outside of [0, 1], labels that are no classes, or one class only.
     """
-    if not (isinstance(rate, int | float) and 0 <= rate <= 1):
+    if not (isinstance(rate, numbers.Real) and 0 <= rate <= 1):
         raise InputError(expected="a corruption rate in [0, 1]", got=repr(rate), do="pass a fraction")
     if kind not in ("exact", "symmetric"):
         raise InputError(
@@ -43,9 +48,25 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
         )
     if isinstance(data, LabelledImages):
         return replace(data, labels=_corrupt(data.labels, rate, kind, n_classes or data.n_classes, seed))
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and data[0].dim() > 1:
-        return data[0], _corrupt(torch.as_tensor(data[1]), rate, kind, n_classes, seed)
-    return _corrupt(torch.as_tensor(data), rate, kind, n_classes, seed)
+    if isinstance(data, TensorData):
+        x, labels = data.train
+        return replace(data, train=(x, _corrupt(labels, rate, kind, n_classes or data.n_classes, seed)))
+    if isinstance(data, TensorDataset):
+        *xs, labels = data.tensors
+        return TensorDataset(*xs, _corrupt(labels, rate, kind, n_classes, seed))
+    if isinstance(data, tuple | list) and len(data) == 2 and np.ndim(data[1]):
+        x, labels = data
+        if len(x) != len(labels):
+            raise InputError(
+                expected="one label a sample", got=f"{len(x)} samples, {len(labels)} labels", do="pass them together"
+            )
+        return x, _like(labels, rate, kind, n_classes, seed)
+    return _like(data, rate, kind, n_classes, seed)
+
+
+def _like(labels: Any, rate: float, kind: Kind, n_classes: int | None, seed: int) -> Any:
+    new = _corrupt(torch.as_tensor(labels), rate, kind, n_classes, seed)
+    return new.numpy() if isinstance(labels, np.ndarray) else new
 
 
 def _corrupt(
@@ -64,6 +85,8 @@ def _corrupt(
             got=f"labels from {int(labels.min())} to {int(labels.max())}",
             do="correct n_classes or the labels",
         )
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        raise InputError(expected="seed: a whole number >= 0", got=repr(seed), do="correct seed")
     stream = np.random.default_rng(seed)
     old = labels.cpu().numpy()
     new = old.copy()

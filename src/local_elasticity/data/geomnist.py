@@ -10,6 +10,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from local_elasticity.data.files import Entry, Folders, check_split
+from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError, nearest
 
 SIDE = 32
@@ -77,13 +80,18 @@ def geomnist(
 ) -> TensorData:
     """Make GeoMNIST: float64 images of 32 x 32, one channel, background 0, shape 1.
 
+    "published" gives bit for bit what the published code gives after ``numpy.random.seed(seed)``. "varied" draws place,
+    rotation (uniform in 0 ... 360 degrees), size, intensity, blur (0.9 ... 1.1, as published) and the noise of every
+    pixel independently; every class has a random stream of its own, so its images do not depend on ``n_classes``.
+
     Args:
         n_train: training images a class.
         n_validation: validation images a class.
         variant: "published" (triangle, rectangle, ellipse) or "varied".
         n_classes: the first of `PUBLISHED` or `SHAPES`.
         seed: of everything; the global random streams are not touched.
-        place: "varied": largest shift of the centre along each axis, in pixels (uniform).
+        place: "varied": largest shift of the centre along each axis, in pixels (uniform); no shape is cut off at the
+            defaults.
         size: "varied": the scale is uniform in 1 - size ... 1 + size.
         intensity: "varied": the grey of a shape is uniform in intensity ... 1.
         noise: "varied": standard deviation of Gaussian noise of every pixel.
@@ -91,7 +99,8 @@ def geomnist(
     Raises:
         InputError: for counts, classes or ranges that cannot be.
     """
-    for name, value, least in (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("seed", seed, 0)):
+    whole = (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("n_classes", n_classes, 2), ("seed", seed, 0))
+    for name, value, least in whole:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
     known = {"published": PUBLISHED, "varied": SHAPES}
@@ -110,7 +119,7 @@ def geomnist(
         )
     n = n_train + n_validation
     if variant == "published":
-        images, factors = _published(n, names[:n_classes], seed)
+        images, factors = _published(n, n_classes, seed)
     else:
         images, factors = _varied(n, names[:n_classes], seed, place, size, intensity, noise)
     parts = []
@@ -126,6 +135,62 @@ def geomnist(
     return TensorData(parts[0], parts[1], names[:n_classes], words, ordered)
 
 
+def read(
+    split: str = "train",
+    folders: Folders = None,
+    download: bool = True,
+    progress: bool = True,
+    *,
+    variant: Literal["published", "varied"] = "published",
+    n_classes: int | None = None,
+    per_class: int = 500,
+    seed: int = 0,
+) -> LabelledImages:
+    """Make one half of GeoMNIST as labelled images, exact (float64), what `load` calls "geomnist".
+
+    Args:
+        split: ``"train"`` or ``"test"``: the training or the validation images.
+        folders: not used: nothing is read.
+        download: not used.
+        progress: not used: it takes two seconds.
+        variant: as in `geomnist`.
+        n_classes: 3 by default, or all 6 of "varied".
+        per_class: images a class in each of the two.
+        seed: as in `geomnist`.
+
+    Raises:
+        InputError: for another split, or what `geomnist` refuses.
+    """
+    check_split("geomnist", split, ("train", "test"))
+    made = _made(variant, n_classes or (len(SHAPES) if variant == "varied" else len(PUBLISHED)), per_class, seed)
+    images, labels = made.train if split == "train" else made.validation
+    return LabelledImages(
+        images=images.clone(),
+        labels=labels.clone(),
+        class_names=made.class_names,
+        name="geomnist",
+        origin=made.origin,
+        split=split,
+        indices=torch.arange(len(labels)),
+        source=variant,
+        white=1,
+    )
+
+
+@lru_cache(maxsize=2)
+def _made(variant: Literal["published", "varied"], n_classes: int, per_class: int, seed: int) -> TensorData:
+    return geomnist(per_class, per_class, variant=variant, n_classes=n_classes, seed=seed)
+
+
+def entries() -> list[Entry]:
+    """List the two variants for the catalogue; they are made, not read."""
+    return [
+        Entry(name, "", len(shapes), (1, SIDE, SIDE), "500 train + 500 test", None, f"made here: {words}", made=True)
+        for name, shapes in (("geomnist", PUBLISHED), ("geomnist-varied", SHAPES))
+        for words in [", ".join(shapes)]
+    ]
+
+
 # --- as published --------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +198,7 @@ def ellipse(row: float, column: float, row_radius: float, column_radius: float) 
     """Pixels strictly inside of an ellipse, as ``skimage.draw.ellipse``."""
     rows, columns = np.ogrid[0 : float(SIDE), 0 : float(SIDE)]
     distance = ((rows - row) / row_radius) ** 2 + ((columns - column) / column_radius) ** 2
-    return (distance < 1).astype(np.float64)
+    return np.asarray(distance < 1, dtype=np.float64)
 
 
 def rectangle(start: tuple[float, float], end: tuple[float, float]) -> Image:
@@ -167,25 +232,29 @@ def _base(name: str, n: int) -> tuple[list[Image], np.ndarray]:
     return [polygon(corners[0] + s, corners[1] + s) for s in parameter], parameter
 
 
-def _published(n: int, names: tuple[str, ...], seed: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Rotate by a fixed grid of angles, blur by a random width, shuffle; the stream is NumPy's global one as it was."""
+def _published(n: int, n_classes: int, seed: int) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Rotate by a fixed grid of angles, blur by a random width, shuffle.
+
+    The stream is NumPy's global one as it was, and its numbers are used in the published order: blurs of ellipses,
+    rectangles and triangles, then the three shuffles. All three are drawn whatever ``n_classes``.
+    """
     from scipy import ndimage
 
-    stream = np.random.RandomState(seed)  # noqa: NPY002 (the published stream)
+    stream = np.random.RandomState(seed)
+    turns = 176 / n * np.arange(n)
+    blurs = {name: stream.random_sample(n) * (1.1 - 0.9) + 0.9 for name in reversed(PUBLISHED)}
+    orders = {name: np.arange(n) for name in reversed(PUBLISHED)}
+    for order in orders.values():
+        stream.shuffle(order)
     images: list[np.ndarray] = []
     factors: dict[str, list[np.ndarray]] = {"parameter": [], "angle": [], "blur": []}
-    for name in names:
+    for name in PUBLISHED[:n_classes]:
         drawn, parameter = _base(name, n)
-        angles, made, blur = 176 * np.arange(n) / n, [], np.empty(n)
-        for i, (image, angle) in enumerate(zip(drawn, angles, strict=True)):
-            blur[i] = stream.uniform(0.9, 1.1)
-            turned = ndimage.rotate(image, angle, reshape=False)
-            made.append(ndimage.gaussian_filter(turned, blur[i]))
-        order = np.arange(n)
-        stream.shuffle(order)
-        images.append(np.stack(made)[order])
-        for key, values in (("parameter", parameter), ("angle", angles), ("blur", blur)):
-            factors[key].append(values[order])
+        turned = [ndimage.rotate(image, angle, reshape=False) for image, angle in zip(drawn, turns, strict=True)]
+        made = [ndimage.gaussian_filter(image, blur) for image, blur in zip(turned, blurs[name], strict=True)]
+        images.append(np.stack(made)[orders[name]])
+        for key, values in (("parameter", parameter), ("angle", turns), ("blur", blurs[name])):
+            factors[key].append(values[orders[name]])
     return images, factors
 
 
@@ -235,9 +304,7 @@ def _varied(
 
     fine = (np.arange(SIDE * _FINE) + 0.5) / _FINE - 0.5  # pixel i reaches from i - 1/2 to i + 1/2
     images: list[np.ndarray] = []
-    factors: dict[str, list[np.ndarray]] = {
-        key: [] for key in ("row", "column", "angle", "size", "intensity", "blur")
-    }
+    factors: dict[str, list[np.ndarray]] = {key: [] for key in ("row", "column", "angle", "size", "intensity", "blur")}
     for label, name in enumerate(names):
         stream = np.random.default_rng([seed, label])  # a class does not depend on the others
         drawn = {

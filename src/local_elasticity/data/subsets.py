@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ def cifar10_subset(
     """
     if not 2 <= n_classes <= 10:
         raise InputError(expected="2 to 10 classes of CIFAR-10", got=str(n_classes), do="ask for as many as there are")
+    for name, value, least in (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
     train = cifar10("train", **options)
     test = cifar10("test", **{**options, "source": train.source})  # pyright: ignore[reportArgumentType]
     parts = []
