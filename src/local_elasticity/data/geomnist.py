@@ -198,7 +198,9 @@ def ellipse(row: float, column: float, row_radius: float, column_radius: float) 
     """Pixels strictly inside of an ellipse, as ``skimage.draw.ellipse``."""
     rows, columns = np.ogrid[0 : float(SIDE), 0 : float(SIDE)]
     distance = ((rows - row) / row_radius) ** 2 + ((columns - column) / column_radius) ** 2
-    return np.asarray(distance < 1, dtype=np.float64)
+    image = np.zeros((SIDE, SIDE))
+    image[distance < 1] = 1
+    return image
 
 
 def rectangle(start: tuple[float, float], end: tuple[float, float]) -> Image:

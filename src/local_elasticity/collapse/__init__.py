@@ -1,0 +1,36 @@
+"""Neural collapse: NC1 to NC4 and CDNV of features, in one pass, per layer, and as a metric of torchmetrics."""
+
+from typing import Any
+
+from local_elasticity.collapse.geometry import CLASSIFIER, GEOMETRY, metrics
+from local_elasticity.collapse.layers import (
+    LayerCollapse,
+    check_layers,
+    layer_metrics,
+    layer_outputs,
+    to_features,
+    weighted_layers,
+)
+from local_elasticity.collapse.state import NeuralCollapse
+
+__all__ = [
+    "CLASSIFIER",
+    "GEOMETRY",
+    "LayerCollapse",
+    "NeuralCollapse",
+    "check_layers",
+    "layer_metrics",
+    "layer_outputs",
+    "metrics",
+    "to_features",
+    "weighted_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs an extra is imported when it is asked for (and is therefore not in ``__all__``)."""
+    if name == "NeuralCollapseMetric":
+        from local_elasticity.collapse.metric import NeuralCollapseMetric
+
+        return NeuralCollapseMetric
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
