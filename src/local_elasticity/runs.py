@@ -110,6 +110,23 @@ class Run:
             raise InputError(expected=f"an update of this run: {known}", got=repr(update), do="name one of them")
         return self.dataset.sel(update=update)
 
+    @property
+    def collapse(self) -> xr.Dataset:
+        """Neural collapse at every snapshot: nc1, nc2_equinorm, ... (step, layer); see ``local_elasticity.collapse``.
+
+        Raises:
+            InputError: for a run that was tracked without it.
+        """
+        names = [str(name) for name in self.dataset.data_vars if str(name).startswith(("nc1", "nc2", "nc3", "nc4"))]
+        names = [name for name in names if "layer" in self.dataset[name].dims]
+        if not names:
+            raise InputError(
+                expected="a run with neural collapse",
+                got="one without",
+                do="track with collapse_layers=(...) or --collapse LAYER",
+            )
+        return self.dataset[names].reset_coords(drop=True)
+
     def phases(
         self,
         definition: str = "he_su",

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from local_elasticity.collapse.features import to_features
 from local_elasticity.collapse.geometry import CLASSIFIER, GEOMETRY, metrics
 from local_elasticity.collapse.layers import (
+    OUTPUTS,
+    PENULTIMATE,
     LayerCollapse,
     check_layers,
     layer_metrics,
     layer_outputs,
-    to_features,
     weighted_layers,
 )
 from local_elasticity.collapse.state import NeuralCollapse
@@ -16,6 +18,8 @@ from local_elasticity.collapse.state import NeuralCollapse
 __all__ = [
     "CLASSIFIER",
     "GEOMETRY",
+    "OUTPUTS",
+    "PENULTIMATE",
     "LayerCollapse",
     "NeuralCollapse",
     "check_layers",

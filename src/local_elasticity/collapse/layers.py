@@ -20,13 +20,17 @@ from local_elasticity.errors import InputError, nearest
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.MaxPool1d, nn.AvgPool1d)
 
 
+OUTPUTS, PENULTIMATE = "outputs", "penultimate"
+"""Words beside names of modules: what the network puts out, and what goes into its last linear layer."""
+
+
 class LayerCollapse:
     """`NeuralCollapse` of several layers, by name, in one pass of a network over batches.
 
     Args:
         model: the network; called as it is (put it into eval mode yourself).
         n_classes: K.
-        layers: names of modules; every layer with weights by default.
+        layers: names of modules, "outputs" or "penultimate"; every layer with weights by default.
         positions: convolution outputs are averaged over positions ("mean") or flattened.
         weighting: as in `NeuralCollapse`.
         keep: as in `NeuralCollapse`.
@@ -65,8 +69,11 @@ class LayerCollapse:
         self.states.clear()
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Layer -> metrics."""
-        return {name: state.compute() for name, state in self.states.items()}
+        """Layer -> metrics; "penultimate" has those of the classifier too."""
+        return {
+            name: state.compute(*_classifier_for(self.model, name, range(self.n_classes)))
+            for name, state in self.states.items()
+        }
 
     def _state(self, name: str, dim: int) -> NeuralCollapse:
         if name not in self.states:
@@ -80,7 +87,6 @@ def layer_metrics(
     labels: Int[Tensor, " samples"],
     layers: Sequence[str] | None = None,
     *,
-    n_classes: int | None = None,
     positions: Positions = "mean",
     weighting: Weighting = "classes",
     batch_size: int = 256,
@@ -90,9 +96,9 @@ def layer_metrics(
     Args:
         model: the network; called as it is.
         x: samples.
-        labels: their classes.
-        layers: names of modules; every layer with weights by default.
-        n_classes: K; from the labels by default.
+        labels: their classes; any whole numbers.
+        layers: names of modules, "outputs" (of the network) or "penultimate" (what goes into its last linear layer,
+            with the metrics of this classifier too); every layer with weights by default.
         positions: convolution outputs are averaged over positions ("mean") or flattened.
         weighting: as in `NeuralCollapse`.
         batch_size: samples in one forward pass.
@@ -102,8 +108,15 @@ def layer_metrics(
     """
     names = check_layers(model, layers)
     parts = [layer_outputs(model, part, names, positions) for part in x.split(batch_size)]
+    classes, places = torch.unique(labels, return_inverse=True)
     return {
-        name: metrics(torch.cat([part[name] for part in parts]), labels, n_classes=n_classes, weighting=weighting)
+        name: metrics(
+            torch.cat([part[name] for part in parts]),
+            places,
+            *_classifier_for(model, name, classes.tolist()),
+            n_classes=len(classes),
+            weighting=weighting,
+        )
         for name in names
     }
 
@@ -117,7 +130,9 @@ def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, .
     if layers is None:
         layers = weighted_layers(model)
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    known = {name for name, _ in model.named_modules() if name}
+    known = {name for name, _ in model.named_modules() if name} | {OUTPUTS}
+    if last_linear(model) is not None:
+        known.add(PENULTIMATE)
     for layer in layers:
         if layer not in known:
             raise InputError(expected="a layer of the network", got=repr(layer), do=nearest(str(layer), known))
@@ -129,6 +144,21 @@ def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, .
 def weighted_layers(model: nn.Module) -> tuple[str, ...]:
     """The layers that have weights of their own, in the order of the network."""
     return tuple(name for name, module in model.named_modules() if name and any(True for _ in _own(module)))
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The classifier: the last linear layer, in the order of the network's attributes."""
+    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return found[-1] if found else None
+
+
+def _classifier_for(model: nn.Module, layer: str, classes: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias for the penultimate features, where the classifier has an output for each class."""
+    linear = last_linear(model)
+    if layer != PENULTIMATE or linear is None or linear.out_features <= max(classes):
+        return None, None
+    rows = list(classes)
+    return linear.weight[rows], None if linear.bias is None else linear.bias[rows]
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -161,21 +191,25 @@ def _listening(
 ) -> Iterator[Mapping[str, Tensor]]:
     modules = dict(model.named_modules())
 
-    def hear(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if name in found:
-                raise InputError(expected="layers that are used once", got=f"{name!r} used again", do="leave it out")
-            if not isinstance(output, Tensor) or output.dim() < 2 or len(output) != samples:
-                got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-                raise InputError(
-                    expected=f"outputs of layer {name!r} as a tensor ({samples}, ...)", got=got, do="leave it out"
-                )
-            last = output.dim() == 3 and not isinstance(module, CHANNELS_FIRST)
-            found[name] = to_features(output, positions, channels_last=last)
+    def keep(name: str, module: nn.Module, x: Any) -> None:
+        if name in found:
+            raise InputError(expected="layers that are used once", got=f"{name!r} used again", do="leave it out")
+        if not isinstance(x, Tensor) or x.dim() < 1 or len(x) != samples:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                expected=f"outputs of layer {name!r} as a tensor ({samples}, ...)", got=got, do="leave it out"
+            )
+        last = x.dim() == 3 and not isinstance(module, CHANNELS_FIRST)
+        found[name] = to_features(x, positions, channels_last=last)
 
-        return hook
+    def listen(name: str) -> Any:
+        linear = last_linear(model)
+        if name == PENULTIMATE and linear is not None:
+            return linear.register_forward_pre_hook(lambda module, arguments: keep(name, module, arguments[0]))
+        module = model if name == OUTPUTS else modules[name]
+        return module.register_forward_hook(lambda module, arguments, output: keep(name, module, output))
 
-    handles = [modules[name].register_forward_hook(hear(name)) for name in layers]
+    handles = [listen(name) for name in layers]
     try:
         yield found
     finally:

@@ -219,7 +219,9 @@ def polygon(rows: np.ndarray, columns: np.ndarray) -> Image:
         j = (i + 1) % len(rows)
         edges.append((columns[j] - columns[i]) * (r - rows[i]) - (rows[j] - rows[i]) * (c - columns[i]))
     side = np.stack(edges)
-    return ((side >= -1e-12).all(axis=0) | (side <= 1e-12).all(axis=0)).astype(np.float64)
+    image = np.zeros((SIDE, SIDE))
+    image[(side >= -1e-12).all(axis=0) | (side <= 1e-12).all(axis=0)] = 1
+    return image
 
 
 def _base(name: str, n: int) -> tuple[list[Image], np.ndarray]:
