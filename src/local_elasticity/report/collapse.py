@@ -67,8 +67,8 @@ def collapse_curves(
             expected="a run with neural collapse", got="one without", do="track with collapse_layers or --collapse"
         )
     found = _rates(rates) if rates is not None else stored_rates(run)
-    heights = [1.35] + [1.1] * (found is not None) + [1.0] * len(shown)
-    figure = _figure(width, sum(heights) + 0.25 * len(heights) + 1.0)
+    heights = [1.2] + [0.95] * (found is not None) + [0.8] * len(shown)
+    figure = _figure(width, sum(heights) + 0.22 * len(heights) + 0.9)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _similarity(axes[0], reading, definition, update, width)
     if found is not None:
