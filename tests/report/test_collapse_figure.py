@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 from synthetic_runs import synthetic
 
+from local_elasticity.collapse import GEOMETRY
 from local_elasticity.errors import InputError
 from local_elasticity.report import figures, write_all
 from local_elasticity.report.collapse import collapse_curves, stored_rates
@@ -19,7 +20,7 @@ def with_collapse(snapshots=12, **options):
     run = synthetic(snapshots=snapshots, **options)
     fall = np.exp(-np.linspace(0, 6, snapshots))[:, None] * np.array([1.0, 0.3])
     nowhere = np.array([np.nan, 1.0])  # only one layer stands before the classifier
-    for name in ("nc1", "nc1_quotient", "nc1_cdnv", "nc2_equinorm", "nc2_equiangle", "nc2_equiangle_max", "nc2_simplex"):
+    for name in GEOMETRY:
         run[name] = (("step", "layer"), fall)
     for name in ("nc3", "nc4"):
         run[name] = (("step", "layer"), fall * nowhere)
