@@ -172,8 +172,8 @@ def main(quick: bool = False, out: Path | None = None, repeats: int = 3) -> int:
     note = (
         f"NC1: float64, D = {DIM}, K = {N_CLASSES}, {N_SAMPLES} samples; all but the last start from the same class "
         "means and within-class sums. Layers: the outputs of every layer with weights, convolutions averaged over "
-        f"positions, {PROBE_CLASSES} x {PER_CLASS} probes of 32x32, eval mode, no gradients; the bound is on one forward "
-        "pass with all metrics over one bare forward pass. CPU seconds of the process; verdicts go by medians of "
+        f"positions, {PROBE_CLASSES} x {PER_CLASS} probes of 32x32, eval mode, no gradients; the bound is on one "
+        "forward pass with all metrics over one bare forward pass. CPU seconds of the process; verdicts go by medians of "
         f"{repeats} rounds (a), {3 * repeats} (b) and {5 * repeats} (layers), interleaved."
     )
     table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
