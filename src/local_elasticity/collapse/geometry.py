@@ -164,7 +164,7 @@ def span_trace(
     if not kept.any():
         return math.nan
     u = vectors[:, kept]
-    inner = np.einsum("kr,kl,lr->r", u, root[:, None] * projected * root, u, optimize=True)
+    inner = (u * ((root[:, None] * projected * root) @ u)).sum(axis=0)
     return float((inner / values[kept] ** 2).sum())
 
 
