@@ -3,7 +3,7 @@
 from typing import Any
 
 from local_elasticity.collapse.features import to_features
-from local_elasticity.collapse.geometry import CLASSIFIER, GEOMETRY, metrics
+from local_elasticity.collapse.geometry import CLASSIFIER, GEOMETRY, metrics, metrics_of_many
 from local_elasticity.collapse.layers import (
     OUTPUTS,
     PENULTIMATE,
@@ -26,6 +26,7 @@ __all__ = [
     "layer_metrics",
     "layer_outputs",
     "metrics",
+    "metrics_of_many",
     "to_features",
     "weighted_layers",
 ]

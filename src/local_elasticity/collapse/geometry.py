@@ -24,6 +24,8 @@ A metric that is not defined (no spread between class means, a class mean at the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -77,95 +79,151 @@ def metrics(
         InputError: for what does not fit.
     """
     check_weighting(weighting)
-    if features.dim() != 2 or labels.shape != features.shape[:1] or not len(labels):
-        raise InputError(
-            expected="features (samples, dim) and one label each",
-            got=f"shapes {tuple(features.shape)} and {tuple(labels.shape)}",
-            do="flatten images, or average them over positions: le.collapse.to_features",
-        )
+    check_features(features, labels)
+    if weight is None:
+        return metrics_of_many([features], labels, n_classes=n_classes, weighting=weighting)[0]
     k = n_classes or int(labels.max()) + 1
-    if k < 2:
-        raise InputError(expected="at least 2 classes", got=str(k), do="collapse is about several classes")
-    labels = class_labels(labels, k).to(features.device)
-    x = to_double(features)
-    labels = labels.to(x.device)
-    counts = torch.bincount(labels, minlength=k).double()
-    check_counts(counts)
-    if weight is not None:
-        weight, bias = classifier(weight, bias, k, x.shape[1], x.device)
-    if not bool(torch.isfinite(x).all()):
-        return dict.fromkeys(GEOMETRY if weight is None else GEOMETRY + CLASSIFIER, math.nan)
-    means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / counts[:, None]
-    rest = x - means[labels]
-    # The mean of many large numbers is off by some of their last digits; what is left over says by how much.
-    correction = x.new_zeros(k, x.shape[1]).index_add_(0, labels, rest) / counts[:, None]
-    means += correction
-    rest -= correction[labels]
-    variances = x.new_zeros(k).index_add_(0, labels, rest.square().sum(dim=1)) / counts
-    centred, shares = centre(means, counts, variances, weighting)
-    along = rest @ centred.T
-    found = geometry(centred, shares, means, variances, counts / len(x), along.T @ along / len(x))
-    if weight is not None and bias is not None:
-        found |= alignment(weight, centred)
-        found["nc4"] = float(disagreeing(x, means, weight, bias) / len(x))
-    return found
+    parts = _Parts.of([features], labels, k, weighting)
+    weight, bias = classifier(weight, bias, k, features.shape[1], parts.x.device)
+    if not parts.finite[0]:
+        return dict.fromkeys(GEOMETRY + CLASSIFIER, math.nan)
+    found = parts.geometry()[0] | alignment(weight, parts.centred[0])
+    return found | {"nc4": float(disagreeing(parts.x, parts.means, weight, bias) / len(parts.x))}
+
+
+def metrics_of_many(
+    features: Sequence[Float[Tensor, "samples _"]],
+    labels: Int[Tensor, " samples"],
+    *,
+    n_classes: int | None = None,
+    weighting: Weighting = "classes",
+) -> list[dict[str, float]]:
+    """`metrics` of several features of the same samples, as of the layers of a network or of many networks.
+
+    What they share is done once for all: for small features that is most of it.
+
+    Args:
+        features: one after the other, each of any size.
+        labels: 0 ... K - 1.
+        n_classes: K; from the labels by default.
+        weighting: as in `NeuralCollapse`.
+
+    Raises:
+        InputError: for what does not fit.
+    """
+    check_weighting(weighting)
+    for one in features:
+        check_features(one, labels)
+    if not features:
+        return []
+    parts = _Parts.of(features, labels, n_classes or int(labels.max()) + 1, weighting)
+    nothing = dict.fromkeys(GEOMETRY, math.nan)
+    return [found if finite else dict(nothing) for found, finite in zip(parts.geometry(), parts.finite, strict=True)]
+
+
+@dataclass(eq=False)
+class _Parts:
+    """Class means and what is left of the samples, of several features side by side in the columns."""
+
+    x: Float64[Tensor, "samples columns"]
+    means: Float64[Tensor, "k columns"]
+    counts: Float64[Tensor, " k"]
+    variances: Float64[Tensor, "k features"]
+    centred: Sequence[Float64[Tensor, "k dim"]]
+    rest: Sequence[Float64[Tensor, "samples dim"]]
+    shares: Float64[Tensor, " k"]
+    finite: list[bool]
+
+    @classmethod
+    def of(cls, features: Sequence[Tensor], labels: Tensor, k: int, weighting: Weighting) -> _Parts:
+        if k < 2:
+            raise InputError(expected="at least 2 classes", got=str(k), do="collapse is about several classes")
+        x = to_double(features[0] if len(features) == 1 else torch.cat(tuple(features), dim=1))
+        sizes = [one.shape[1] for one in features]
+        labels = class_labels(labels, k).to(x.device)
+        counts = torch.bincount(labels, minlength=k).double()
+        check_counts(counts)
+        finite = [True] * len(sizes)
+        if not bool(torch.isfinite(x).all()):
+            finite = [bool(torch.isfinite(one).all()) for one in x.split(sizes, 1)]
+            x = torch.where(torch.isfinite(x), x, 0.0)
+        means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / counts[:, None]
+        rest = x - means[labels]
+        # The mean of many large numbers is off by some of their last digits; what is left over says by how much.
+        correction = x.new_zeros(k, x.shape[1]).index_add_(0, labels, rest) / counts[:, None]
+        means += correction
+        rest -= correction[labels]
+        squares = torch.stack([one.sum(dim=1) for one in rest.square().split(sizes, 1)], dim=1)
+        variances = x.new_zeros(k, len(sizes)).index_add_(0, labels, squares) / counts[:, None]
+        centred, shares = centre(means, counts, variances, weighting, sizes)
+        return cls(x, means, counts, variances, centred, rest.split(sizes, 1), shares, finite)
+
+    def geometry(self) -> list[dict[str, float]]:
+        projected = []
+        for rest, centred in zip(self.rest, self.centred, strict=True):
+            along = rest @ centred.T
+            projected.append(along.T @ along)
+        frequencies = self.counts / len(self.x)
+        return geometry(self.centred, self.shares, self.variances, frequencies, torch.stack(projected) / len(self.x))
 
 
 def geometry(
-    centred: Float64[Tensor, "k dim"],
+    centred: Sequence[Float64[Tensor, "k dim"]],
     shares: Float64[Tensor, " k"],
-    means: Float64[Tensor, "k dim"],
-    variances: Float64[Tensor, " k"],
+    variances: Float64[Tensor, "k features"],
     frequencies: Float64[Tensor, " k"],
-    projected: Tensor,
-) -> dict[str, float]:
-    """The metrics of `GEOMETRY` from K x K matrices; ``projected`` is M Sigma_W M^T.
+    projected: Float64[Tensor, "features k k"],
+) -> list[dict[str, float]]:
+    """The metrics of `GEOMETRY`, for each of several features; ``projected`` is M Sigma_W M^T.
 
-    These matrices are small and many: NumPy spares the cost of a dozen tiny tensors.
+    These K x K matrices are small and many: NumPy does them for all features at once.
     """
-    k = len(centred)
-    gram = (centred @ centred.T).cpu().numpy()
-    a, p, v, f = (x.cpu().numpy() for x in (shares, projected, variances, frequencies))
-    norms = np.sqrt(np.maximum(np.diagonal(gram), 0))
+    k = len(shares)
+    gram = torch.stack([one @ one.T for one in centred]).cpu().numpy()
     # Differences of the means themselves: through the Gram matrix they would cancel.
-    pairs = torch.pdist(means).square().cpu().numpy()
+    pairs = torch.stack([torch.pdist(one) for one in centred]).square().cpu().numpy()
+    a, p, v, f = (x.cpu().numpy() for x in (shares, projected, variances.T, frequencies))
+    norms = np.sqrt(np.maximum(np.diagonal(gram, axis1=1, axis2=2), 0))
     i, j = np.triu_indices(k, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cdnv = np.mean((v[i] + v[j]) / (2 * pairs))
-        cosines = gram / norms / norms[:, None]
-        off = np.abs(cosines[i, j] + 1 / (k - 1))
-        simplex = np.linalg.norm(gram / np.linalg.norm(gram) - (np.eye(k) - 1 / k) / math.sqrt(k - 1))
+        cdnv = np.mean((v[:, i] + v[:, j]) / (2 * pairs), axis=1)
+        cosines = gram / norms[:, None, :] / norms[:, :, None]
+        off = np.abs(cosines[:, i, j] + 1 / (k - 1))
+        lengths = np.linalg.norm(gram, axis=(1, 2))
         found = {
-            "nc1": span_trace(gram, a, p, max(centred.shape)) / k,
-            "nc1_quotient": (f * v).sum() / (a * norms**2).sum(),
-            "nc1_cdnv": cdnv if gram.any() else math.nan,
-            "nc2_equinorm": norms.std() / norms.mean(),
-            "nc2_equiangle": off.mean(),
-            "nc2_equiangle_max": off.max(),
-            "nc2_simplex": simplex,
+            "nc1": span_trace(gram, a, p, np.array([max(one.shape) for one in centred])) / k,
+            "nc1_quotient": (f * v).sum(axis=1) / (a * norms**2).sum(axis=1),
+            "nc1_cdnv": np.where(lengths > 0, cdnv, np.nan),
+            "nc2_equinorm": norms.std(axis=1) / norms.mean(axis=1),
+            "nc2_equiangle": off.mean(axis=1),
+            "nc2_equiangle_max": off.max(axis=1),
+            "nc2_simplex": np.linalg.norm(
+                gram / lengths[:, None, None] - (np.eye(k) - 1 / k) / math.sqrt(k - 1), axis=(1, 2)
+            ),
         }
-    return {name: float(value) if math.isfinite(value) else math.nan for name, value in found.items()}
+    table = {name: np.where(np.isfinite(values), values, np.nan).tolist() for name, values in found.items()}
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
 def span_trace(
-    gram: Float64[np.ndarray, "k k"],
+    gram: Float64[np.ndarray, "features k k"],
     shares: Float64[np.ndarray, " k"],
-    projected: Float64[np.ndarray, "k k"],
-    size: int,
-) -> float:
+    projected: Float64[np.ndarray, "features k k"],
+    sizes: Int[np.ndarray, " features"],
+) -> Float64[np.ndarray, " features"]:
     """tr(Sigma_W Sigma_B^+) from M M^T and M Sigma_W M^T; NaN where there is no spread.
 
     Sigma_B = B^T B with B = sqrt(shares) M; with B B^T = U diag(l) U^T its pseudo-inverse is B^T U diag(l^-2) U^T B.
     """
     root = np.sqrt(shares)
-    values, vectors = np.linalg.eigh(root[:, None] * gram * root)
-    kept = values > size * np.finfo(np.float64).eps * max(values[-1], 0)  # pinv's own cut
-    kept[0] = False  # the centred means span K - 1 dimensions at most
-    if not kept.any():
-        return math.nan
-    u = vectors[:, kept]
-    inner = (u * ((root[:, None] * projected * root) @ u)).sum(axis=0)
-    return float((inner / values[kept] ** 2).sum())
+    scale = np.outer(root, root)
+    values, vectors = np.linalg.eigh(scale * gram)
+    # pinv's own cut
+    kept = values > (sizes * np.finfo(np.float64).eps * np.maximum(values[:, -1], 0))[:, None]
+    kept[:, 0] = False  # the centred means span K - 1 dimensions at most
+    inner = (vectors * ((scale * projected) @ vectors)).sum(axis=1)
+    parts = np.divide(inner, values**2, out=np.zeros_like(inner), where=kept)
+    return np.where(kept.any(axis=1), parts.sum(axis=1), np.nan)
 
 
 def svd_trace(
@@ -192,18 +250,22 @@ def pinv_trace(
 
 
 def centre(
-    means: Float64[Tensor, "k dim"],
+    means: Float64[Tensor, "k columns"],
     counts: Float64[Tensor, " k"],
-    variances: Float64[Tensor, " k"],
+    variances: Float64[Tensor, "k features"],
     weighting: Weighting,
-) -> tuple[Float64[Tensor, "k dim"], Float64[Tensor, " k"]]:
-    """Class means about their centre, and the classes' weights in Sigma_B."""
+    sizes: Sequence[int],
+) -> tuple[list[Float64[Tensor, "k dim"]], Float64[Tensor, " k"]]:
+    """Class means about their centre, for features of these sizes, and the classes' weights in Sigma_B."""
     shares = counts / counts.sum() if weighting == "samples" else torch.full_like(counts, 1 / len(counts))
     away = means - means[0]  # a large common offset goes first: it would take the digits of the differences
-    centred = away - shares @ away
+    away -= shares @ away
     # What is left of rounding alone is no spread.
-    noise = 4 * torch.finfo(means.dtype).eps * (means.abs().amax() + variances.amax().sqrt())
-    return (centred if bool(centred.abs().amax() > noise) else torch.zeros_like(centred)), shares
+    size = torch.stack([one.amax() for one in means.abs().split(list(sizes), 1)])
+    noise = 4 * torch.finfo(means.dtype).eps * (size + variances.amax(dim=0).sqrt())
+    centred = list(away.split(list(sizes), 1))
+    spread = torch.stack([one.amax() for one in away.abs().split(list(sizes), 1)]) > noise
+    return [one if kept else torch.zeros_like(one) for one, kept in zip(centred, spread.tolist(), strict=True)], shares
 
 
 def alignment(weight: Float64[Tensor, "k dim"], centred: Float64[Tensor, "k dim"]) -> dict[str, float]:
@@ -266,6 +328,16 @@ def class_labels(labels: Tensor, k: int) -> Int64[Tensor, " samples"]:
         got = str(labels.dtype) if labels.is_floating_point() else f"{int(labels.min())} ... {int(labels.max())}"
         raise InputError(expected=f"whole labels in 0 ... {k - 1}", got=got, do="relabel, or raise n_classes")
     return labels.to(torch.int64)
+
+
+def check_features(features: Tensor, labels: Tensor) -> None:
+    """Refuse features that are no rows, or have no label each."""
+    if features.dim() != 2 or labels.shape != features.shape[:1] or not len(labels):
+        raise InputError(
+            expected="features (samples, dim) and one label each",
+            got=f"shapes {tuple(features.shape)} and {tuple(labels.shape)}",
+            do="flatten images, or average them over positions: le.collapse.to_features",
+        )
 
 
 def check_counts(counts: Tensor) -> None:

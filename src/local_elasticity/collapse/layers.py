@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.collapse.features import Positions, to_features
-from local_elasticity.collapse.geometry import Weighting, metrics
+from local_elasticity.collapse.geometry import Weighting, metrics, metrics_of_many
 from local_elasticity.collapse.state import Keep, NeuralCollapse
 from local_elasticity.errors import InputError, nearest
 
@@ -109,16 +109,15 @@ def layer_metrics(
     names = check_layers(model, layers)
     parts = [layer_outputs(model, part, names, positions) for part in x.split(batch_size)]
     classes, places = torch.unique(labels, return_inverse=True)
-    return {
-        name: metrics(
-            torch.cat([part[name] for part in parts]),
-            places,
-            *_classifier_for(model, name, classes.tolist()),
-            n_classes=len(classes),
-            weighting=weighting,
-        )
-        for name in names
-    }
+    together = {name: torch.cat([part[name] for part in parts]) for name in names}
+    plain = [name for name in names if _classifier_for(model, name, classes.tolist())[0] is None]
+    shared = metrics_of_many([together[name] for name in plain], places, n_classes=len(classes), weighting=weighting)
+    found = dict(zip(plain, shared, strict=True))
+    for name in names:
+        if name not in found:
+            head = _classifier_for(model, name, classes.tolist())
+            found[name] = metrics(together[name], places, *head, n_classes=len(classes), weighting=weighting)
+    return {name: found[name] for name in names}
 
 
 def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, ...]:

@@ -249,10 +249,10 @@ class NeuralCollapse:
         means, n, rest = self.means(), self.counts.sum(), self.sums / self.counts[:, None]
         # Rounding may take a variance of zero below it.
         variances = (self.squares / self.counts - rest.square().sum(dim=1)).clamp_min(0)
-        centred, shares = centre(means, self.counts, variances, self.weighting)
+        (centred,), shares = centre(means, self.counts, variances[:, None], self.weighting, [self.dim])
         along = centred @ rest.T  # M Sigma_W M^T without forming Sigma_W
         projected = (centred @ self.scatter @ centred.T - (along * self.counts) @ along.T) / n
-        found = geometry(centred, shares, means, variances, self.counts / n, projected)
+        (found,) = geometry([centred], shares, variances[:, None], self.counts / n, projected[None])
         if form != "span":
             found["nc1"] = self._other_form(form)
         if weight is not None:
@@ -264,7 +264,7 @@ class NeuralCollapse:
         within = self.within()
         # Of all classes together: only the size of rounding is taken from it.
         variances = within.diagonal().sum()[None].clamp_min(0)
-        centred, shares = centre(self.means(), self.counts, variances, self.weighting)
+        (centred,), shares = centre(self.means(), self.counts, variances[:, None], self.weighting, [self.dim])
         trace = svd_trace if form == "svd" else pinv_trace
         return trace(within, centred, shares) / self.n_classes
 

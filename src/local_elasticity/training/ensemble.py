@@ -389,9 +389,7 @@ class _Session:
                 if count == 0 and stop < last:
                     each = (time.perf_counter() - started) / (stop - before)
                     bar.estimate(each * (last - stop))
-                if self.recording is not None and (
-                    stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS
-                ):
+                if self.recording is not None and (stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS):
                     self.recording.save(ensemble, self.routes)
                     saved = time.perf_counter()
         if self.recording is not None and ensemble.step >= last:

@@ -84,9 +84,9 @@ class EnsembleStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / ARRAYS, ignore_errors=True)
         with quiet():
-            as_dataset(
-                ensemble.log, ensemble.times, ensemble.replicas, ensemble.layers, ensemble.diverged, 0
-            ).to_zarr(self.folder / ARRAYS, mode="w", encoding=_encoding(ensemble.log), consolidated=True)
+            as_dataset(ensemble.log, ensemble.times, ensemble.replicas, ensemble.layers, ensemble.diverged, 0).to_zarr(
+                self.folder / ARRAYS, mode="w", encoding=_encoding(ensemble.log), consolidated=True
+            )
         note = {
             "format": FORMAT,
             "settings": settings,
