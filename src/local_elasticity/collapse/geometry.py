@@ -117,7 +117,7 @@ def metrics_of_many(
     if not features:
         return []
     parts = _Parts.of(features, labels, n_classes or int(labels.max()) + 1, weighting)
-    nothing = dict.fromkeys(GEOMETRY, math.nan)
+    nothing: dict[str, float] = dict.fromkeys(GEOMETRY, math.nan)
     return [found if finite else dict(nothing) for found, finite in zip(parts.geometry(), parts.finite, strict=True)]
 
 
