@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from local_elasticity import data, flows, lesde, networks, similarity
+from local_elasticity import collapse, data, flows, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import IdentifiabilityWarning, InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
@@ -10,7 +10,7 @@ from local_elasticity.kernel_similarity import s_ker, s_rel_limit
 from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, estimate, impact_matrix
 from local_elasticity.runs import Run, open_run
 from local_elasticity.similarity import define, s_rel
-from local_elasticity.training import Tracker, at, budget, every, log_spaced
+from local_elasticity.training import Ensemble, Tracker, at, budget, every, log_spaced, open_ensemble, train_ensemble
 from local_elasticity.updates import SGD, Adam, Update, from_optimizer
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "SGD",
     "Adam",
     "ClassTable",
+    "Ensemble",
     "Fit",
     "IdentifiabilityWarning",
     "Impact",
@@ -37,6 +38,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "at",
     "budget",
     "by_class",
+    "collapse",
     "data",
     "define",
     "estimate",
@@ -51,12 +53,14 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "measure",
     "measure_tiles",
     "networks",
+    "open_ensemble",
     "open_run",
     "ripple",
     "s_ker",
     "s_rel",
     "s_rel_limit",
     "similarity",
+    "train_ensemble",
 ]
 
 

@@ -63,6 +63,7 @@ def track(
     budget: float | None = None,
     update: Words = None,
     definition: Words = None,
+    collapse: Words = None,
     keep: Literal["outputs", "pairs", "tables"] | None = None,
     exclude_self: bool = False,
     augment_once: bool = False,
@@ -77,7 +78,8 @@ def track(
     --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --seed 0 --out runs/digits
 
     Args:
-        data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, or a folder of class folders of images.
+        data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, geomnist, geomnist-varied, or a folder of class
+            folders of images.
         classes: which classes, by name or label; all of them by default.
         network: mlp, simple-conv, resnet18-plain, resnet18-batchnorm, resnet18-groupnorm, or module:function.
         optimizer: adam, adamw or sgd.
@@ -93,6 +95,7 @@ def track(
         budget: look as often as this fraction of the time allows instead.
         update: probe step, sgd:LR, adam:LR or optimizer, with an optional NAME= before; repeatable.
         definition: definition of S_rel, repeatable.
+        collapse: also follow neural collapse of the probes at these layers: names of modules, outputs, penultimate.
         keep: what the run keeps: outputs (any definition afterwards), pairs or tables.
         exclude_self: leave pairs of a sample with itself out of the tables.
         augment_once: crop and flip once, then freeze, as the published protocol does.
@@ -123,6 +126,7 @@ def track(
         "schedule": _schedule_words(every, log_spaced, budget),
         "updates": update or ["adam:1e-4"],
         "definitions": definition or ["kl", "kl_published"],
+        **({"collapse": collapse} if collapse else {}),
         "exclude_self": exclude_self,
         "augment_once": augment_once,
         "device": device,
@@ -165,6 +169,7 @@ def track(
         resume=resume,
         keep=keep,
         exclude_self=exclude_self,
+        collapse_layers=collapse or (),
         configuration=configuration,
         seed=seed,
         before_commit=session.save,
@@ -216,7 +221,7 @@ def _finish(run: Any, out: Path) -> int:
 
     figures = write_all(run, out / "figures")
     try:
-        page = write_page(run, out / "report.html")
+        page = write_page(run, out / "report.html", [path for path in figures if path.stem.startswith("collapse")])
     except InputError as error:  # plotly is an extra: without it there are still the figures
         console.print(f"no page: {error}", markup=False)
         page = None

@@ -110,6 +110,23 @@ class Run:
             raise InputError(expected=f"an update of this run: {known}", got=repr(update), do="name one of them")
         return self.dataset.sel(update=update)
 
+    @property
+    def collapse(self) -> xr.Dataset:
+        """Neural collapse at every snapshot: nc1, nc2_equinorm, ... (step, layer); see ``local_elasticity.collapse``.
+
+        Raises:
+            InputError: for a run that was tracked without it.
+        """
+        names = [str(name) for name in self.dataset.data_vars if str(name).startswith(("nc1", "nc2", "nc3", "nc4"))]
+        names = [name for name in names if "layer" in self.dataset[name].dims]
+        if not names:
+            raise InputError(
+                expected="a run with neural collapse",
+                got="one without",
+                do="track with collapse_layers=(...) or --collapse LAYER",
+            )
+        return self.dataset[names].reset_coords(drop=True)
+
     def phases(
         self,
         definition: str = "he_su",
@@ -157,7 +174,7 @@ def open_run(path: str | Path) -> Run:
             got=f"{what} at {path}",
             do="pass the --out of 'local-elasticity track' or the store of a Tracker",
         )
-    with _quiet():
+    with quiet():
         dataset = xr.open_zarr(place, consolidated=True)
     return Run(dataset, place)
 
@@ -176,7 +193,7 @@ def locate(path: str | Path) -> Path | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence zarr's notes on text arrays and consolidated metadata: both are deliberate here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
@@ -238,7 +255,7 @@ class ZarrStore:
         """Start a run in an empty place."""
         import zarr
 
-        with _quiet():
+        with quiet():
             # Built beside its place and moved there whole, so that a kill leaves either nothing or a run.
             building = self.path.with_name(f".{self.path.name}.partial")
             shutil.rmtree(building, ignore_errors=True)
@@ -262,7 +279,7 @@ class ZarrStore:
 
         Snapshots after step ``until`` go too, once there is one that replaces them or the run is finished.
         """
-        with _quiet():
+        with quiet():
             committed = xr.open_zarr(self.path, consolidated=True)
             kept = [int(step) for step in committed["step"].values]
             names = set(committed.variables)
@@ -276,7 +293,7 @@ class ZarrStore:
     def _attach(self) -> None:
         import zarr
 
-        with _quiet():
+        with quiet():
             self.group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
             self.arrays = {
                 name: array
@@ -296,7 +313,7 @@ class ZarrStore:
 
     def append(self, step: int, snapshot: Snapshot, attributes: Mapping[str, Any]) -> None:
         """Add a snapshot and commit it; those at this step or later are replaced."""
-        with _quiet():
+        with quiet():
             kept = self._steps = [s for s in self._steps if s < step]
             self.drop_replaced()
             index = len(kept)
@@ -314,7 +331,7 @@ class ZarrStore:
 
     def drop_replaced(self) -> None:
         """Drop what lies on disk beyond the snapshots that count."""
-        with _quiet():
+        with quiet():
             if self.arrays["step"].shape[0] > len(self._steps):
                 self._shorten(len(self._steps))
                 self._commit()
@@ -350,7 +367,7 @@ class ZarrStore:
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the run."""
-        with _quiet():
+        with quiet():
             self._update_attributes(attributes)
             self._commit()
 

@@ -31,6 +31,20 @@ def test_cifar10_subset():
     assert torch.equal(train.tensors()[0][chosen.origin_indices], chosen.xs)
 
 
+def test_the_second_papers_subset():
+    at_hand("cifar10", source="subset")
+    options = {"source": "subset", "download": False, "progress": False}
+    for replacement in (False, True):
+        made = data.cifar10_subset(3, 400, 90, replacement=replacement, **options)
+        x, y = made.train
+        assert y.bincount().tolist() == [400] * 3
+        assert made.validation[1].bincount().tolist() == [90] * 3
+        assert (float(x.min()), float(x.max())) == (-1, 1)
+        # Some images of the set itself are twins; a draw with replacement has hundreds more.
+        assert (len(x) - len(x.unique(dim=0)) > 50) == replacement
+        assert "lossless" in made.origin
+
+
 def test_cifar100_subset():
     fine = at_hand("cifar100", source="subset")
     coarse = at_hand("cifar100", source="subset", labels="coarse")

@@ -475,3 +475,105 @@ def test_a_generous_budget_looks_and_can_be_replayed():
     again = tracked(model, schedule=le.at(run.looked_at), keep="tables")
     train(model, sgd(model), 4, again)
     same(run.dataset, again.finish().dataset)
+
+
+# -- neural collapse -----------------------------------------------------------------------------------------------
+
+LAYERS = ("0", "penultimate", "outputs")
+
+
+def test_collapse_is_that_of_the_layers_in_eval_mode():
+    model = net()
+    tracker = tracked(model, collapse_layers=LAYERS)
+    train(model, sgd(model), 3, tracker)
+    run = tracker.finish()
+    xs, ys = probes()
+    quiet = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        hidden, outputs = quiet[:4](xs), quiet(xs)
+        features = {"0": quiet[0](xs), "penultimate": hidden, "outputs": outputs}
+    assert run.collapse["nc1"].dims == ("step", "layer")
+    assert run.collapse["layer"].values.tolist() == list(LAYERS)
+    assert run.collapse["step"].values.tolist() == [1, 3]
+    for layer, x in features.items():
+        head = (quiet[4].weight, quiet[4].bias) if layer == "penultimate" else ()
+        expected = le.collapse.metrics(x, ys, *head)
+        last = run.collapse.sel(layer=layer).isel(step=-1)
+        assert set(last.data_vars) == {*le.collapse.GEOMETRY, *le.collapse.CLASSIFIER}
+        for name in last.data_vars:
+            np.testing.assert_allclose(float(last[name]), expected.get(name, np.nan), rtol=1e-5, atol=1e-6)
+    assert "nc4" not in _looked(net(), collapse_layers="0").collapse  # without the classifier there is none
+    with pytest.raises(le.InputError, match="collapse_layers"):
+        _ = _looked(net()).collapse
+
+
+def _looked(model, **options):
+    tracker = tracked(model, **options)
+    tracker.snapshot()
+    return tracker.finish()
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_looking_at_collapse_leaves_training_bit_identical(mode):
+    start, histories = random_state(), []
+    for layers in (None, LAYERS):
+        set_random_state(start)
+        model = net()
+        optimizer, history = adamw(model), []
+        options = {"collapse_layers": layers} if layers else {}
+        tracker = tracked(model, schedule=le.every(1), mode="eval", **options) if layers else None
+        for update in range(4):
+            train(model, optimizer, update + 1, None, start=update)
+            if tracker is not None:
+                if mode == "train":  # dropout draws and BatchNorm counts in this pass
+                    with_flags = copy.copy(tracker)
+                    with_flags.mode = "train"
+                    with_flags._collapse()
+                tracker.step(loss=0.0)
+            history.append(everything(model, optimizer))
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        histories.append(history)
+    assert histories[0] == histories[1]
+
+
+def test_a_run_with_collapse_is_resumed_to_the_same_numbers(tmp_path):
+    start = random_state()
+    model = net()
+    optimizer = adamw(model)
+    tracker = tracked(model, collapse_layers=LAYERS)
+    train(model, optimizer, 5, tracker)
+    whole = tracker.finish().dataset
+
+    set_random_state(start)
+    model, saved = net(), {}
+    optimizer = adamw(model)
+    store = tmp_path / "run.zarr"
+    tracker = tracked(model, collapse_layers=LAYERS, store=store, before_commit=saving(model, optimizer, saved))
+    train(model, optimizer, 4, tracker)
+    model, optimizer = restored(saved, 3, adamw)
+    for layers in ((), ("outputs",)):
+        with pytest.raises(le.InputError, match="collapse_layers of the stored run"):
+            tracked(model, store=store, resume=True, collapse_layers=layers)
+    tracker = tracked(model, collapse_layers=LAYERS, store=store, resume=True)
+    train(model, optimizer, 5, tracker, start=3)
+    run = tracker.finish()
+    same(run.dataset, whole)
+    assert run.collapse["nc1"].sizes == {"step": 3, "layer": 3}
+
+
+def test_collapse_of_labels_with_gaps_and_bad_layers():
+    xs, ys = probes()
+    run = _looked(net(), collapse_layers=("penultimate",), probes=(xs[ys != 1], ys[ys != 1]))
+    model = net().eval()
+    with torch.no_grad():
+        features = model[:4](xs[ys != 1])
+    head = model[4].weight[[0, 2]], model[4].bias[[0, 2]]
+    expected = le.collapse.metrics(features, ys[ys != 1] // 2, *head)
+    for name, value in expected.items():
+        np.testing.assert_allclose(run.collapse[name].values, [[value]], rtol=1e-5, atol=1e-6)
+    with pytest.raises(le.InputError, match="a layer of the network"):
+        tracked(net(), collapse_layers=("hidden",))
+    with pytest.raises(le.InputError, match="at least 2 classes"):
+        tracked(net(), collapse_layers=("0",), probes=(xs[ys == 1], ys[ys == 1]))
+    with pytest.raises(le.InputError, match="nc1"):
+        tracked(net(), collapse_layers=("0",)).snapshot(nc1=1.0)

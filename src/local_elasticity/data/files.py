@@ -47,6 +47,7 @@ class Entry:
         found: where it lies; None when it is not at hand.
         state: complete or partial, lossless or lossy, or "not at hand".
         downloads: what would be downloaded.
+        made: whether it is made on demand, from no files.
     """
 
     name: str
@@ -57,10 +58,13 @@ class Entry:
     found: Path | None
     state: str
     downloads: tuple[Official, ...] = ()
+    made: bool = False
 
     @property
     def where(self) -> str:
-        """The place, or "not at hand"."""
+        """The place, or "not at hand"; for what is made on demand, what it is."""
+        if self.made:
+            return self.state
         return str(self.found) if self.found else "not at hand"
 
 

@@ -27,6 +27,8 @@ NORMALISATION: dict[str, tuple[PerChannel, PerChannel]] = {
     "mnist": (0.1307, 0.3081),
     "fashion-mnist": (0.2860, 0.3530),
     "digits": (0.3054, 0.3755),
+    # Made in [0, 1], and published without normalisation.
+    "geomnist": (0.0, 1.0),
 }
 """What ``normalise="auto"`` subtracts and divides by. Sets that are not listed are mapped to [-1, 1]."""
 
@@ -81,7 +83,7 @@ class LabelledImages:
     """Images with a class each, and where they came from.
 
     Args:
-        images: pixel levels 0 ... ``white``.
+        images: pixel levels 0 ... ``white``; floating images (``white=1``) where they were never levels.
         labels: classes 0 ... K-1.
         class_names: one name a class.
         name: of the data set (``"cifar10"``).
@@ -97,7 +99,7 @@ class LabelledImages:
         InputError: when shapes, dtypes or labels do not fit together.
     """
 
-    images: UInt8[Tensor, "samples channels height width"]
+    images: UInt8[Tensor, "samples channels height width"] | Float[Tensor, "samples channels height width"]
     labels: Int64[Tensor, " samples"]
     class_names: tuple[str, ...]
     name: str
@@ -110,10 +112,11 @@ class LabelledImages:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+        floating = self.images.is_floating_point() and self.white == 1
+        if self.images.ndim != 4 or not (floating or self.images.dtype == torch.uint8):
             raise InputError(
-                expected="uint8 images of shape (samples, channels, height, width)",
-                got=f"{self.images.dtype} of shape {tuple(self.images.shape)}",
+                expected="uint8 images of shape (samples, channels, height, width), or floating ones with white=1",
+                got=f"{self.images.dtype} of shape {tuple(self.images.shape)}, white={self.white}",
                 do="convert the images first",
             )
         for what, values in (("labels", self.labels), ("indices", self.indices)):

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from local_elasticity.data import bundled, cifar, idx, matlab
 from local_elasticity.data.files import Entry, Folders
 from local_elasticity.data.folder import image_folder, is_archive
+from local_elasticity.data.geomnist import entries as geomnist_entries
+from local_elasticity.data.geomnist import read as read_geomnist
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError, nearest
 
@@ -23,6 +26,8 @@ READERS: dict[str, Callable[..., LabelledImages]] = {
     "svhn": matlab.svhn,
     "mnist": idx.mnist,
     "fashion-mnist": idx.fashion_mnist,
+    "geomnist": read_geomnist,
+    "geomnist-varied": partial(read_geomnist, variant="varied"),
 }
 """What `load` knows by name. A reader takes (split, folders, download, progress) and its own options."""
 
@@ -38,7 +43,8 @@ def load(
     """Read a data set by its name, or a folder or archive of images by its path.
 
     Args:
-        name: digits, cifar10, cifar100, svhn, mnist, fashion-mnist (however spelt: "CIFAR-10" too), or a path.
+        name: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, geomnist, geomnist-varied (however spelt:
+            "CIFAR-10" too), or a path.
         split: ``"train"`` or ``"test"``.
         folders: searched first for its files.
         download: whether files that are nowhere may be downloaded.
@@ -74,7 +80,13 @@ def catalogue(folders: Folders = None) -> list[Entry]:
     Args:
         folders: searched first.
     """
-    return [*bundled.entries(), *cifar.entries(folders), *matlab.entries(folders), *idx.entries(folders)]
+    return [
+        *bundled.entries(),
+        *cifar.entries(folders),
+        *matlab.entries(folders),
+        *idx.entries(folders),
+        *geomnist_entries(),
+    ]
 
 
 def _plain(name: str) -> str:

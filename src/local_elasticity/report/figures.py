@@ -207,6 +207,10 @@ def write_all(run: Any, folder: str | Path) -> list[Path]:
     kinds = [intra_inter, heat_map]
     if len(reading.classes) <= READABLE_CLASSES:
         kinds.insert(0, class_pair_curves)
+    if "layer" in getattr(run, "dataset", run).coords:
+        from local_elasticity.report.collapse import collapse_curves
+
+        kinds.append(collapse_curves)
     paths: list[Path] = []
     for definition in reading.definitions:
         for update in reading.updates:

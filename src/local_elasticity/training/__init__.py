@@ -1,6 +1,19 @@
 """Training: follow local elasticity through any loop."""
 
+from local_elasticity.training.ensemble import Ensemble, train_ensemble
+from local_elasticity.training.recording import open_ensemble
 from local_elasticity.training.schedule import Schedule, at, budget, every, log_spaced
 from local_elasticity.training.tracker import Look, Tracker
 
-__all__ = ["Look", "Schedule", "Tracker", "at", "budget", "every", "log_spaced"]
+__all__ = [
+    "Ensemble",
+    "Look",
+    "Schedule",
+    "Tracker",
+    "at",
+    "budget",
+    "every",
+    "log_spaced",
+    "open_ensemble",
+    "train_ensemble",
+]

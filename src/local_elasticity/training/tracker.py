@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.classes import ClassTable, by_class
+from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
 from local_elasticity.errors import InputError
 from local_elasticity.impact import Impact, measure
 from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
-from local_elasticity.impact.state import Mode
+from local_elasticity.impact.state import Mode, preserved
 from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
 from local_elasticity.similarity import get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, every
@@ -72,6 +73,9 @@ class Tracker:
         route: force the route of ``measure`` (repeatable numbers); by default timed once, at the first snapshot.
         chunk_size: force its chunk.
         check_pairs: as in ``measure``.
+        collapse_layers: also measure neural collapse (NC1 to NC4) of the probes' features at these layers, at every
+            snapshot: names of modules, "outputs" (of the network) or "penultimate" (what goes into its last linear
+            layer, with NC3 and NC4); convolution outputs are averaged over positions.
         configuration: anything that describes the run; stored with it.
         seed: of the bootstrap intervals.
         before_commit: called with the step just before a snapshot is committed, for example to write a checkpoint.
@@ -99,6 +103,7 @@ class Tracker:
         route: Literal["step", "vmap"] | None = None,
         chunk_size: int | None = None,
         check_pairs: int = 8,
+        collapse_layers: Sequence[str] = (),
         configuration: Mapping[str, Any] | None = None,
         seed: int = 0,
         before_commit: Callable[[int], None] | None = None,
@@ -118,6 +123,9 @@ class Tracker:
         self.before_commit = before_commit
         self.class_names = _class_names(probes, self.labels, class_names)
         self.sample_index = np.asarray(getattr(probes, "indices", np.arange(len(self.inputs))))
+        self.collapse_layers = check_layers(model, collapse_layers) if len(collapse_layers) else ()
+        if self.collapse_layers and len(torch.unique(self.labels)) < 2:
+            raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
         self._routes: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
@@ -285,6 +293,7 @@ class Tracker:
         content: Snapshot = {"epoch": ((), np.float64(math.nan if self._epoch is None else self._epoch))}
         content |= self._tables_content(tables)
         first = next(iter(impacts.values()))
+        content |= self._collapse()
         content["probe_loss"] = ((), np.float64(first.losses.double().mean().item()))
         content["probe_accuracy"] = ((), np.float64(_accuracy(first.source_before, self.labels, self.outputs)))
         content["class_mean_output"] = (("class", "output"), self._class_means(first.before))
@@ -326,6 +335,18 @@ class Tracker:
             ),
         }
 
+    def _collapse(self) -> Snapshot:
+        """Every metric of neural collapse, (layer,); NaN where a layer does not have it."""
+        if not self.collapse_layers:
+            return {}
+        with preserved(self.model, self.mode):
+            found = layer_metrics(self.model, self.inputs, self.labels, self.collapse_layers)
+        names = (*GEOMETRY, *CLASSIFIER) if PENULTIMATE in self.collapse_layers else GEOMETRY
+        return {
+            name: (("layer",), np.array([found[layer].get(name, math.nan) for layer in self.collapse_layers]))
+            for name in names
+        }
+
     def _tables_content(self, tables: Mapping[tuple[str, str], ClassTable]) -> Snapshot:
         sets = [[tables[u, d].to_xarray() for d in self.definitions] for u in self.updates]
         content: Snapshot = {}
@@ -355,6 +376,8 @@ class Tracker:
             "source_index": (("source",), index),
             "target_index": (("target",), index),
         }
+        if self.collapse_layers:
+            static["layer"] = (("layer",), np.array(self.collapse_layers))
         return static
 
     def _describe(self, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -412,6 +435,10 @@ class Tracker:
             "updates": ([str(x) for x in dataset["update"].values], list(self.updates)),
             "definitions": ([str(x) for x in dataset["definition"].values], self.definitions),
             "outputs": (dataset.attrs.get("outputs"), self.outputs),
+            "collapse_layers": (
+                [str(x) for x in dataset["layer"].values] if "layer" in dataset.coords else [],
+                list(self.collapse_layers),
+            ),
         }
         for name, (stored, now) in checks.items():
             if stored != now:

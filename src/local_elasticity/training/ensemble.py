@@ -1,0 +1,802 @@
+"""Many replicas of a network, trained in lock step on shared data: own initial weights, own sample order, one log.
+
+What is logged is what the second paper's code logs (arXiv:2110.05960, utils.train; spec lesde 3.1): at every step, for
+every replica, its sample, its label, its outputs before the update and its loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from local_elasticity.collapse import GEOMETRY, layer_outputs, metrics
+from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.progress import Progress
+from local_elasticity.impact.state import preserved, random_state, set_random_state
+from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route
+from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error
+from local_elasticity.training.lockstep.optimizers import Rule
+from local_elasticity.training.lockstep.routes import Loop, Problem, Stack
+from local_elasticity.training.recording import BLOCK, EnsembleStore
+from local_elasticity.training.schedule import Budget, Moment, Schedule, every
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from local_elasticity.runs import Run
+    from local_elasticity.training.tracker import Tracker
+
+Pair = tuple[Tensor, Tensor]
+TrackerMaker = Callable[[nn.Module, "bool | int"], "Tracker"]
+_WEIGHTS, _ORDER, _STREAM = 0, 1, 2  # what a random stream is for
+_DRAWN = 1024  # steps of one draw of samples; any step can be reached without the ones before
+_CHUNK_BYTES = 2**23
+_CHECKPOINT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an ensemble was advanced.
+
+    Attributes:
+        route: "kernels", "vmap" or "loop".
+        chunk_size: replicas in one batched step.
+        threads: chunks that advanced at the same time, each with one intra-op thread.
+        seconds: seconds of training in this call, looks left out.
+        seconds_looking: seconds of validation, probes, trackers and callbacks.
+    """
+
+    route: RouteName
+    chunk_size: int
+    threads: int
+    seconds: float = 0.0
+    seconds_looking: float = 0.0
+
+
+@dataclass(eq=False)
+class Ensemble:
+    """Trained replicas and their log.
+
+    Attributes:
+        step: updates made.
+        steps: updates asked for.
+        replicas: the replicas' numbers, which decide their random streams.
+        weights: parameter name -> (replica, ...).
+        buffers: buffer name -> (replica, ...).
+        diverged: the update (from 0) at which a replica's loss was first not finite; -1 where it never was.
+        log: name -> array. Per step: logits (steps, replicas, outputs) from before the update, losses (steps,
+            replicas), samples and labels (steps, replicas); with batches there is a dimension of the batch after the
+            replicas. On schedules: validation_loss, validation_accuracy (looks, replicas); probe_mean, probe_variance
+            (looks, replicas, classes, outputs) and the collapse metrics (looks, replicas, layers). Rows that were not
+            reached hold NaN or -1.
+        times: "validation" and "probe" -> updates made at each look.
+        layers: what the collapse metrics are of, "outputs" first.
+        plan: how it was advanced.
+        runs: replica -> run of its tracker.
+    """
+
+    step: int
+    steps: int
+    replicas: tuple[int, ...]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    diverged: np.ndarray
+    log: dict[str, np.ndarray]
+    times: dict[str, np.ndarray]
+    layers: tuple[str, ...]
+    plan: Plan
+    runs: dict[int, Run] = field(default_factory=dict)
+    _template: Any = field(default=None, repr=False)
+    _routes: Sequence[Route] = field(default=(), repr=False)
+    _map: Callable[..., Iterable[Any]] = field(default=map, repr=False)
+
+    def __repr__(self) -> str:
+        gone = int((self.diverged >= 0).sum())
+        return (
+            f"Ensemble({len(self.replicas)} replicas, {self.step} of {self.steps} steps, route {self.plan.route!r}"
+            + (f", {gone} diverged)" if gone else ")")
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        log = self.__dict__.get("log", {})
+        if name in log:
+            return log[name]
+        raise AttributeError(f"an ensemble without {name!r}; its log has {sorted(log)}")
+
+    def model(self, position: int) -> nn.Module:
+        """A network with the weights of the replica at this position, independent of the ensemble."""
+        model = copy.deepcopy(self._template)
+        _load(model, self.weights, self.buffers, position)
+        return model
+
+    def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """What every replica says of these samples now, in eval mode."""
+        if not self._routes:
+            with torch.no_grad():
+                models = [self.model(i).eval() for i in range(len(self.replicas))]
+                return torch.stack([_rows(model(x)) for model in models])
+        like = self._routes[0].problem.inputs
+        return torch.cat(list(self._map(lambda route: route.outputs(x.to(like)), self._routes)))
+
+    def class_means(self, n_classes: int | None = None) -> Float[np.ndarray, "steps classes outputs"]:
+        """Mean logits over the replicas whose sample at a step has a class: spec lesde 3.2.
+
+        NaN where no replica saw the class at that step. Replicas that diverge are left out from then on.
+
+        Raises:
+            InputError: for a log without classes.
+        """
+        logits, labels = self.log.get("logits"), self.log.get("labels")
+        if logits is None or labels is None or labels.dtype.kind not in "iu":
+            raise InputError(expected="a log with logits and classes", got="none", do="train with log=True on classes")
+        logits = logits[: self.step].reshape(self.step, -1, logits.shape[-1]).astype(np.float64)
+        labels = labels[: self.step].reshape(self.step, -1)
+        seen = np.isfinite(logits).all(axis=2)
+        means = []
+        for label in range(n_classes or int(labels.max()) + 1):
+            chosen = (labels == label) & seen
+            count = chosen.sum(axis=1)
+            total = np.einsum("trk,tr->tk", np.where(chosen[:, :, None], logits, 0.0), chosen.astype(np.float64))
+            means.append(np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], np.nan))
+        return np.stack(means, axis=1)
+
+    def to_xarray(self) -> xr.Dataset:
+        """The log as a dataset, as it lies on disk."""
+        from local_elasticity.training.recording import as_dataset
+
+        return as_dataset(self.log, self.times, self.replicas, self.layers, self.diverged, self.step)
+
+
+def train_ensemble(
+    make_model: Callable[[], nn.Module],
+    data: Any,
+    loss_fn: LossFunction,
+    *,
+    lr: float,
+    steps: int,
+    replicas: int | Sequence[int] = 100,
+    seed: int = 0,
+    batch_size: int = 1,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    replacement: bool = True,
+    log: bool | None = None,
+    validation: Any = None,
+    validate: Schedule | None = None,
+    probes: Any = None,
+    probe: Schedule | None = None,
+    collapse_layers: Sequence[str] = (),
+    callback: Callable[[int, Ensemble], None] | None = None,
+    call: Schedule | None = None,
+    trackers: Mapping[int, TrackerMaker] | None = None,
+    store: str | Path | None = None,
+    resume: bool = False,
+    stop_at: int | None = None,
+    configuration: Mapping[str, Any] | None = None,
+    route: RouteName | None = None,
+    chunk_size: int | None = None,
+    threads: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Ensemble:
+    """Train many replicas of a network at once.
+
+    Every replica has its own initial weights and its own samples, drawn with replacement unless told otherwise, both
+    from streams seeded (seed, replica): what a replica does depends neither on how many others there are, nor on how
+    they are chunked. The caller's random streams stay as they are. A replica whose loss stops being finite is marked
+    in ``diverged``; the others go on.
+
+    Schedules count updates from 0 as in ``Tracker``; besides what they ask for, there is a look before the first
+    update and one after the last.
+
+    Args:
+        make_model: makes one network; takes nothing, and is called once a replica.
+        data: (X, Y), shared by all.
+        loss_fn: ``loss_fn(outputs, labels)``, a mean over the batch.
+        lr: learning rate.
+        steps: updates.
+        replicas: how many (0 ... R - 1), or their numbers: a shard of a larger ensemble.
+        seed: of all replicas.
+        batch_size: samples in an update.
+        optimizer: "sgd" or "adam".
+        momentum: of "sgd".
+        weight_decay: as in ``torch.optim``.
+        betas: of "adam".
+        eps: of "adam".
+        replacement: whether samples are drawn with replacement; else every epoch is a permutation, its rest dropped.
+        log: whether to log every step (yes by default).
+        validation: (X, Y) for ``validation_loss`` and, with classes, ``validation_accuracy``.
+        validate: when; 20 times by default.
+        probes: (X, Y) with classes, for class means and within-class variance (n - 1, per coordinate) of the outputs
+            of every replica.
+        probe: when; 100 times by default.
+        collapse_layers: layers whose neural collapse is logged with the probes, besides the outputs'.
+        callback: called with (updates made, ensemble) on the schedule ``call``; must not change the weights.
+        call: when to call it; every update by default.
+        trackers: replica position -> function of (model, resume) that makes its ``Tracker``, whose schedule decides
+            when it looks; ``resume`` is False at the start, and the step to resume from later.
+        store: folder of a run on disk; in memory without.
+        resume: continue what is in ``store``.
+        stop_at: stop after this many updates; ``resume`` continues to the same numbers.
+        configuration: anything that describes the run; stored with it, and compared on resuming.
+        route: "kernels" (own kernels for chains of known layers), "vmap" or "loop"; by default the first that works.
+        chunk_size: replicas in one batched step.
+        threads: chunks that advance at the same time; PyTorch's number of threads by default.
+        dtype: of weights and inputs; the networks' own by default.
+        device: of all; the networks' own by default.
+        progress: show a bar, with an estimate first.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        InputError: for data, settings or networks that cannot be trained, or a store of another configuration.
+    """
+    rule = Rule(optimizer, lr, momentum, weight_decay, betas, eps)
+    numbers = _numbers(replicas)
+    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or int(value) != value or value < least:
+            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
+    last = steps if stop_at is None else stop_at
+    if not 0 <= last <= steps:
+        raise InputError(expected=f"0 <= stop_at <= steps={steps}", got=str(stop_at), do="correct stop_at")
+    x, y = _checked(data, "data")
+    if batch_size > len(x):
+        raise InputError(
+            expected=f"batch_size of at most the {len(x)} samples", got=str(batch_size), do="use smaller batches"
+        )
+    stack = Stack.of(_make(make_model, numbers, seed))
+    device = torch.device(device) if device is not None else next(iter(stack.weights.values())).device
+    dtype = dtype or next(iter(stack.weights.values())).dtype
+    stack = _placed(stack, dtype, device)
+    problem = Problem(_cast(x, dtype, device), _cast(y, dtype, device), loss_fn, rule, batch_size)
+    outputs = _check_outputs(stack, problem)
+    checking = _Looks.of(validation, validate, steps, 20, "validation", dtype, device)
+    probing = _Looks.of(probes, probe, steps, 100, "probes", dtype, device)
+    _check_looks(checking, probing, outputs, collapse_layers, stack.template)
+    calls = frozenset(due(call or every(1), steps)) if callback else frozenset()
+    with _one_thread() as available:
+        chosen = route if route is not None else choose_route(stack, problem)
+        if chosen not in ROUTES:
+            raise InputError(expected="a route", got=repr(chosen), do=nearest(str(chosen), ROUTES))
+        chunk = min(chunk_size or default_chunk(stack, chosen), len(numbers))
+        if chunk < 1:
+            raise InputError(expected="chunk_size >= 1", got=str(chunk_size), do="leave it out")
+        bounds = [(i, min(i + chunk, len(numbers))) for i in range(0, len(numbers), chunk)]
+        workers = 1 if chosen == "loop" or device.type != "cpu" else max(1, min(threads or available, len(bounds)))
+        settings = {
+            "rule": {**asdict(rule), "betas": list(betas)},
+            "steps": steps,
+            "replicas": list(numbers),
+            "seed": seed,
+            "batch_size": batch_size,
+            "replacement": replacement,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "route": chosen,
+            "chunk_size": chunk,
+            "log": log is not False,
+            "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
+            "parameters": {name: list(w.shape[1:]) for name, w in stack.weights.items()},
+            "data": _digest(problem.inputs, problem.labels),
+            "validation": checking.describe(),
+            "probes": probing.describe(),
+            "collapse_layers": list(collapse_layers),
+            "configuration": dict(configuration or {}),
+        }
+        routes = [ROUTES[chosen](stack.rows(a, b), problem) for a, b in bounds]
+        for one, (a, b) in zip(routes, bounds, strict=True):
+            if isinstance(one, Loop):
+                one.seed([_seed(seed, _STREAM, number) for number in numbers[a:b]])
+        layers = ("outputs", *collapse_layers)
+        ensemble = Ensemble(
+            step=0,
+            steps=steps,
+            replicas=numbers,
+            weights=stack.weights,
+            buffers=stack.buffers,
+            diverged=np.full(len(numbers), -1, dtype=np.int64),
+            log=_empty_log(steps, len(numbers), problem, outputs, log is not False, checking, probing, layers),
+            times={"validation": checking.times, "probe": probing.times},
+            layers=layers,
+            plan=Plan(chosen, chunk, workers),
+            _template=stack.template,
+            _routes=routes,
+        )
+        recording = EnsembleStore.open(store, resume, settings, ensemble, routes)
+        session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
+        session.callback, session.calls = callback, calls
+        session.add_trackers(trackers or {}, recording is not None and recording.resumed)
+        session.run(last, workers, progress)
+    return ensemble
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """Advances the chunks from look to look."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        routes: Sequence[Route],
+        bounds: Sequence[tuple[int, int]],
+        recording: EnsembleStore | None,
+        checking: _Looks,
+        probing: _Looks,
+        replacement: bool,
+        seed: int,
+        loss_fn: LossFunction,
+    ) -> None:
+        self.ensemble, self.routes, self.bounds, self.recording = ensemble, routes, bounds, recording
+        self.checking, self.probing, self.loss_fn = checking, probing, loss_fn
+        self.problem = routes[0].problem
+        self.order = _Order(len(self.problem.inputs), self.problem.batch_size, replacement, seed, ensemble.replicas)
+        self.callback: Callable[[int, Ensemble], None] | None = None
+        self.calls: frozenset[int] = frozenset()
+        self.trackers: dict[int, tuple[nn.Module, Tracker, frozenset[int]]] = {}
+        self.training = self.looking = 0.0
+
+    def add_trackers(self, makers: Mapping[int, TrackerMaker], resumed: bool) -> None:
+        for position, maker in makers.items():
+            if not 0 <= position < len(self.ensemble.replicas):
+                raise InputError(
+                    expected=f"trackers of replicas 0 ... {len(self.ensemble.replicas) - 1}",
+                    got=repr(position),
+                    do="name the replica by its position",
+                )
+            model = self.ensemble.model(position)
+            tracker = maker(model, self.ensemble.step if resumed else False)
+            looks = due(tracker.schedule, self.ensemble.steps, first=False, last=False)
+            self.trackers[position] = (model, tracker, frozenset(looks))
+
+    def run(self, last: int, workers: int, progress: bool) -> None:
+        ensemble = self.ensemble
+        stops = self._stops(last)
+        saved = time.perf_counter()
+        left = last - ensemble.step
+        pool: Any = ThreadPoolExecutor(workers, initializer=_single) if workers > 1 else nullcontext()
+        with Progress(progress, left, "training") as bar, pool as executor:
+            if executor is not None:
+                ensemble._map = executor.map
+            if ensemble.step == 0:
+                self._look()
+            for count, stop in enumerate(s for s in stops if s > ensemble.step):
+                started, before = time.perf_counter(), ensemble.step
+                self._advance(stop)
+                self.training += time.perf_counter() - started
+                self._look()
+                bar.advance(stop - before)
+                if count == 0 and stop < last:
+                    each = (time.perf_counter() - started) / (stop - before)
+                    bar.estimate(each * (last - stop))
+                if self.recording is not None and (stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS):
+                    self.recording.save(ensemble, self.routes)
+                    saved = time.perf_counter()
+        if self.recording is not None and ensemble.step >= last:
+            self.recording.save(ensemble, self.routes)
+        plan, ensemble._map = ensemble.plan, map
+        ensemble.plan = Plan(plan.route, plan.chunk_size, plan.threads, self.training, self.looking)
+        if ensemble.step == ensemble.steps:
+            ensemble.runs = {position: tracker.finish() for position, (_, tracker, _) in self.trackers.items()}
+
+    def _stops(self, last: int) -> list[int]:
+        looks = {*self.checking.times.tolist(), *self.probing.times.tolist(), *self.calls}
+        for _, _, due_here in self.trackers.values():
+            looks |= due_here
+        start = self.ensemble.step
+        looks |= set(range(start - start % BLOCK + BLOCK, last, BLOCK)) | {min(start + 20, last), last}
+        return sorted(stop for stop in looks if start <= stop <= last)
+
+    def _advance(self, stop: int) -> None:
+        ensemble, start = self.ensemble, self.ensemble.step
+        index = self.order.between(start, stop)
+        tensor = torch.from_numpy(index).to(self.problem.inputs.device)
+        jobs = list(zip(self.routes, self.bounds, strict=True))
+        blocks = list(ensemble._map(lambda job: _block(job[0], tensor[:, job[1][0] : job[1][1]]), jobs))
+        logits = np.concatenate([block[0] for block in blocks], axis=1)
+        losses = np.concatenate([block[1] for block in blocks], axis=1)
+        bad = ~np.isfinite(losses)
+        fresh = bad.any(axis=0) & (ensemble.diverged < 0)
+        ensemble.diverged[fresh] = start + bad[:, fresh].argmax(axis=0)
+        if "logits" in ensemble.log:
+            rows, single = slice(start, stop), self.problem.batch_size == 1
+            ensemble.log["logits"][rows] = logits[:, :, 0] if single else logits
+            ensemble.log["losses"][rows] = losses
+            ensemble.log["samples"][rows] = index[:, :, 0] if single else index
+            labels = self.problem.labels.cpu().numpy()[index]
+            ensemble.log["labels"][rows] = labels[:, :, 0] if single else labels
+        ensemble.step = stop
+
+    def _look(self) -> None:
+        started, step = time.perf_counter(), self.ensemble.step
+        if step in self.checking:
+            self._validate(self.checking.position(step))
+        if step in self.probing:
+            self._probe(self.probing.position(step))
+        for position, (model, tracker, looks) in self.trackers.items():
+            if step in looks:
+                _load(model, self.ensemble.weights, self.ensemble.buffers, position)
+                tracker.updates_made = step
+                tracker.snapshot()
+        if self.callback is not None and step in self.calls:
+            self.callback(step, self.ensemble)
+        self.looking += time.perf_counter() - started
+
+    def _validate(self, row: int) -> None:
+        x, y = self.checking.pair
+        outputs = self.ensemble.outputs(x)
+        losses = [float(self.loss_fn(_unrows(out, y), y)) for out in outputs]
+        self.ensemble.log["validation_loss"][row] = losses
+        if "validation_accuracy" in self.ensemble.log:
+            right = (outputs.argmax(dim=2) == y).double().mean(dim=1)
+            self.ensemble.log["validation_accuracy"][row] = right.cpu().numpy()
+
+    def _probe(self, row: int) -> None:
+        x, y = self.probing.pair
+        outputs, log = self.ensemble.outputs(x).double(), self.ensemble.log
+        for label in range(log["probe_mean"].shape[2]):
+            own = outputs[:, y == label]
+            log["probe_mean"][row, :, label] = own.mean(dim=1).cpu().numpy()
+            if own.shape[1] > 1:
+                log["probe_variance"][row, :, label] = own.var(dim=1).cpu().numpy()
+        self._collapse(row, x, y, outputs)
+
+    def _collapse(self, row: int, x: Tensor, y: Tensor, outputs: Tensor) -> None:
+        ensemble = self.ensemble
+        names = ensemble.layers[1:]
+        model = copy.deepcopy(ensemble._template) if names else None
+        n_classes = int(y.max()) + 1
+        for position, out in enumerate(outputs):
+            features = {"outputs": out}
+            if model is not None:
+                _load(model, ensemble.weights, ensemble.buffers, position)
+                features |= layer_outputs(model, x, names)
+            for place, name in enumerate(ensemble.layers):
+                if not bool(torch.isfinite(features[name]).all()):
+                    continue
+                for key, value in metrics(features[name], y, n_classes=n_classes).items():
+                    ensemble.log[key][row, position, place] = value
+
+
+def _block(route: Route, index: Int64[Tensor, "steps replicas batch"]) -> tuple[np.ndarray, np.ndarray]:
+    """Some steps of one chunk: outputs (steps, replicas, batch, outputs), losses (steps, replicas)."""
+    looked = [route.step(one) for one in index.unbind(0)]
+    return (
+        torch.stack([logits for logits, _ in looked]).cpu().numpy(),
+        torch.stack([losses for _, losses in looked]).cpu().numpy(),
+    )
+
+
+class _Order:
+    """Which samples each replica takes at each step, reachable at any step."""
+
+    def __init__(self, n: int, batch: int, replacement: bool, seed: int, replicas: Sequence[int]) -> None:
+        self.n, self.batch, self.replacement, self.seed, self.replicas = n, batch, replacement, seed, replicas
+        self.each = _DRAWN if replacement else n // batch  # steps in a part of a stream
+        self._part: tuple[int, np.ndarray] | None = None
+
+    def part(self, number: int) -> Int64[np.ndarray, "steps replicas batch"]:
+        if self._part is None or self._part[0] != number:
+            self._part = (number, np.stack([self._one(replica, number) for replica in self.replicas], axis=1))
+        return self._part[1]
+
+    def _one(self, replica: int, number: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, _ORDER, replica, number])
+        if self.replacement:
+            return generator.integers(self.n, size=(self.each, self.batch))
+        return generator.permutation(self.n)[: self.each * self.batch].reshape(self.each, self.batch)
+
+    def between(self, start: int, stop: int) -> Int64[np.ndarray, "steps replicas batch"]:
+        parts = []
+        while start < stop:
+            number, first = divmod(start, self.each)
+            upto = min(self.each, first + stop - start)
+            parts.append(self.part(number)[first:upto])
+            start += upto - first
+        return np.concatenate(parts) if len(parts) != 1 else np.ascontiguousarray(parts[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """Samples that are looked at, and when."""
+
+    pair: Any
+    times: np.ndarray
+
+    @classmethod
+    def of(
+        cls, pair: Any, schedule: Schedule | None, steps: int, default: int, name: str, dtype: Any, device: Any
+    ) -> _Looks:
+        if pair is None:
+            if schedule is not None:
+                raise InputError(expected=f"{name} with a schedule of them", got="none", do=f"pass {name}=(X, Y)")
+            return cls(None, np.empty(0, dtype=np.int64))
+        x, y = _checked(pair, name)
+        times = due(schedule or every(max(1, steps // default)), steps)
+        return cls((_cast(x, dtype, device), _cast(y, dtype, device)), np.array(times, dtype=np.int64))
+
+    def __contains__(self, step: int) -> bool:
+        return self.pair is not None and bool((self.times == step).any())
+
+    def position(self, step: int) -> int:
+        return int(np.searchsorted(self.times, step))
+
+    def describe(self) -> list[Any]:
+        return [] if self.pair is None else [_digest(*self.pair), self.times.tolist()]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the samples; 0 where labels are no classes."""
+        return 0 if self.pair is None or not _is_class(self.pair[1]) else int(self.pair[1].max()) + 1
+
+
+def due(schedule: Schedule, steps: int, *, first: bool = True, last: bool = True) -> list[int]:
+    """Updates made at each look of a schedule, with one before the first update and one after the last.
+
+    Raises:
+        InputError: for a budget: what is looked at would depend on the clock.
+    """
+    if isinstance(schedule, Budget):
+        raise InputError(
+            expected="a schedule that depends on the step alone",
+            got="budget(...)",
+            do="use every(n), log_spaced(n, total) or at([...])",
+        )
+    asked = (call + 1 for call in range(steps) if schedule.due(Moment(call, call, 0.0, 0.0, lambda: math.nan)))
+    return sorted({*asked, *([0] if first else []), *([steps] if last else [])})
+
+
+def default_chunk(stack: Stack, route: RouteName) -> int:
+    """Replicas in one step: as many as keep their weights in a processor's cache, in an even number of chunks.
+
+    It depends on the replicas alone, never on the machine, since the last bits of a number depend on it.
+    """
+    if route == "loop":
+        return len(stack)
+    size = sum(w.numel() * w.element_size() for w in stack.weights.values())
+    chunks = 1 if size <= _CHUNK_BYTES // 2 else 2 * math.ceil(size / _CHUNK_BYTES / 2)
+    return max(8, math.ceil(len(stack) / chunks))
+
+
+# --- checks and small parts ----------------------------------------------------------------------------------------
+
+
+def _numbers(replicas: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = tuple(range(replicas)) if isinstance(replicas, int) else tuple(int(i) for i in replicas)
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise InputError(
+            expected="replicas: a number >= 1, or different numbers >= 0", got=repr(replicas), do="correct replicas"
+        )
+    return numbers
+
+
+def _seed(seed: int, purpose: int, replica: int) -> int:
+    return int(np.random.SeedSequence([seed, purpose, replica]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int) -> list[nn.Module]:
+    """Call ``make_model`` once a replica, each time in random streams of its own."""
+    streams, models = random_state(), []
+    try:
+        for number in numbers:
+            own = _seed(seed, _WEIGHTS, number)
+            torch.manual_seed(own)
+            np.random.seed(own % 2**32)  # noqa: NPY002 (make_model may draw from the global stream)
+            random.seed(own)
+            models.append(make_model())
+    finally:
+        set_random_state(streams)
+    odd = next((model for model in models if not isinstance(model, nn.Module)), None)
+    if odd is not None or not any(p.requires_grad for p in models[0].parameters()):
+        raise InputError(
+            expected="make_model() to return a torch.nn.Module with weights to train",
+            got=type(odd).__name__ if odd is not None else "one without",
+            do="return the network itself",
+        )
+    if len({id(p) for model in models for p in model.parameters()}) < sum(len(list(m.parameters())) for m in models):
+        raise InputError(
+            expected="make_model() to make a new network at each call",
+            got="networks that share their weights",
+            do="build it inside of the function",
+        )
+    return models
+
+
+def _placed(stack: Stack, dtype: torch.dtype, device: torch.device) -> Stack:
+    """Weights in one dtype on one device."""
+
+    def place(x: Tensor) -> Tensor:
+        return x.to(device, dtype).contiguous() if x.is_floating_point() else x.to(device)
+
+    return Stack(
+        copy.deepcopy(stack.template).to(device, dtype),
+        {name: place(w) for name, w in stack.weights.items()},
+        {name: place(b) for name, b in stack.buffers.items()},
+    )
+
+
+def _cast(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return x.detach().to(device, dtype if x.is_floating_point() else torch.int64)
+
+
+def _checked(pair: Any, name: str) -> Pair:
+    """Inputs and labels that belong together, finite."""
+    try:
+        x, y = pair
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
+    except (TypeError, ValueError) as error:
+        raise InputError(expected=f"{name}=(X, Y)", got=type(pair).__name__, do="pass a pair of tensors") from error
+    if x.dim() < 2 or len(x) != len(y) or not len(x):
+        raise InputError(
+            expected=f"{name}: inputs (samples, ...) and one label each, at least one sample",
+            got=f"shapes {tuple(x.shape)} and {tuple(y.shape)}",
+            do="correct them",
+        )
+    for what, values in (("inputs", x), ("labels", y)):
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise InputError(expected=f"{name}: finite {what}", got="NaN or infinity", do="clean the data first")
+    return x, y
+
+
+def _is_class(y: Tensor) -> bool:
+    return y.dim() == 1 and not y.is_floating_point()
+
+
+def _check_outputs(stack: Stack, problem: Problem) -> int:
+    """The number of outputs, after one forward pass and one loss of the first replica."""
+    model = copy.deepcopy(stack.template)
+    _load(model, stack.weights, stack.buffers, 0)
+    n = problem.batch_size
+    with torch.no_grad(), preserved(model, "as_is"):
+        try:
+            out = model(problem.inputs[:n])
+        except RuntimeError as error:
+            raise InputError(
+                expected="a network for these inputs",
+                got=f"inputs of shape {tuple(problem.inputs.shape[1:])}: {str(error).splitlines()[0]}",
+                do="match the network and the data",
+            ) from error
+        if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != n:
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(
+                expected=f"outputs of shape ({n}, K) or ({n},)", got=str(shape), do="let the network return its logits"
+            )
+        k, y = (out.shape[1] if out.dim() == 2 else 1), problem.labels
+        if _is_class(y) and is_cross_entropy(problem.loss_fn) and not 0 <= int(y.min()) <= int(y.max()) < k:
+            raise InputError(
+                expected=f"labels in 0 ... {k - 1}, for the {k} outputs of the network",
+                got=f"labels from {int(y.min())} to {int(y.max())}",
+                do="give the network one output a class, or relabel",
+            )
+        if is_squared_error(problem.loss_fn) and out.shape != y[:n].shape:
+            raise InputError(
+                expected=f"targets of the outputs' shape {tuple(out.shape[1:])}",
+                got=f"{tuple(y.shape[1:])}",
+                do="reshape the targets, or the network's last layer",
+            )
+        loss = problem.loss_fn(out, y[:n])
+        if loss.dim():
+            raise InputError(
+                expected="a loss that is one number", got=f"shape {tuple(loss.shape)}", do="use reduction='mean'"
+            )
+        return k
+
+
+def _check_looks(checking: _Looks, probing: _Looks, outputs: int, layers: Sequence[str], template: nn.Module) -> None:
+    if probing.pair is not None and not probing.classes:
+        raise InputError(
+            expected="probes with classes", got="labels that are no whole numbers", do="use validation or callback"
+        )
+    for name, looks in (("validation", checking), ("probes", probing)):
+        if looks.classes > max(outputs, 2):
+            raise InputError(
+                expected=f"{name}: labels in 0 ... {outputs - 1}", got=f"label {looks.classes - 1}", do="relabel"
+            )
+    if probing.pair is not None:
+        counts = torch.bincount(probing.pair[1])
+        if int(counts.min()) == 0:
+            raise InputError(
+                expected="probes of every class",
+                got=f"none of class {int(counts.argmin())}",
+                do="add some, or relabel",
+            )
+    known = {name for name, _ in template.named_modules() if name}
+    for layer in layers:
+        if layer not in known:
+            raise InputError(expected="a layer of the network", got=repr(layer), do=nearest(layer, known))
+        if probing.pair is None:
+            raise InputError(expected="probes with collapse_layers", got="none", do="pass probes=(X, Y)")
+
+
+def _empty_log(
+    steps: int,
+    replicas: int,
+    problem: Problem,
+    outputs: int,
+    wanted: bool,
+    checking: _Looks,
+    probing: _Looks,
+    layers: Sequence[str],
+) -> dict[str, np.ndarray]:
+    kind = torch.empty(0, dtype=problem.inputs.dtype)
+    number = kind.numpy().dtype if kind.dtype != torch.bfloat16 else np.dtype(np.float32)
+    log: dict[str, np.ndarray] = {}
+    if wanted:
+        batch = () if problem.batch_size == 1 else (problem.batch_size,)
+        log["logits"] = np.full((steps, replicas, *batch, outputs), np.nan, dtype=number)
+        log["losses"] = np.full((steps, replicas), np.nan, dtype=number)
+        log["samples"] = np.full((steps, replicas, *batch), -1, dtype=np.int32)
+        y = problem.labels
+        shape = (steps, replicas, *batch, *y.shape[1:])
+        log["labels"] = np.full(shape, -1, np.int16) if _is_class(y) else np.full(shape, np.nan, number)
+    if checking.pair is not None:
+        looks = len(checking.times)
+        log["validation_loss"] = np.full((looks, replicas), np.nan)
+        if checking.classes and outputs > 1:
+            log["validation_accuracy"] = np.full((looks, replicas), np.nan)
+    if probing.pair is not None:
+        looks = len(probing.times)
+        for name in ("probe_mean", "probe_variance"):
+            log[name] = np.full((looks, replicas, probing.classes, outputs), np.nan)
+        for name in GEOMETRY:
+            log[name] = np.full((looks, replicas, len(layers)), np.nan)
+    return log
+
+
+def _digest(x: Shaped[Tensor, "samples ..."], y: Shaped[Tensor, "samples ..."]) -> str:
+    digest = hashlib.sha256(x.cpu().contiguous().float().numpy().tobytes())
+    digest.update(y.cpu().contiguous().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], position: int) -> None:
+    """Copy one replica's weights and buffers into a module."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name][position])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name][position])
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    return outputs.unsqueeze(1) if outputs.dim() == 1 else outputs
+
+
+def _unrows(outputs: Tensor, y: Tensor) -> Tensor:
+    """Give (samples, 1) back as (samples,) where the targets are numbers of that shape."""
+    return outputs.squeeze(1) if outputs.shape[1] == 1 and y.dim() == 1 and y.is_floating_point() else outputs
+
+
+@contextmanager
+def _one_thread() -> Any:
+    """One intra-op thread inside: chunks go to threads of their own, and numbers do not depend on how many."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _single() -> None:
+    torch.set_num_threads(1)

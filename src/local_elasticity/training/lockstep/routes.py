@@ -1,0 +1,366 @@
+"""The three ways to advance many networks by one step: own kernels, ``torch.func.vmap``, one after the other.
+
+All keep the weights stacked (replica, ...) and give the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from local_elasticity.errors import InputError
+from local_elasticity.impact.state import preserved, random_state, set_random_state
+from local_elasticity.training.lockstep.chain import Chain, find_chain
+from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, Unsupported, arrange, arranged
+from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
+from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
+
+RouteName = Literal["kernels", "vmap", "loop"]
+AT_ONCE = 2**15  # numbers in the inputs of one forward pass when looking: its temporaries should stay in the cache
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on.
+
+    Attributes:
+        inputs: training inputs, of the replicas' dtype and device.
+        labels: their labels.
+        loss_fn: ``loss_fn(outputs, labels)``, a mean over the batch.
+        rule: how weights move.
+        batch_size: samples in a step.
+    """
+
+    inputs: Float[Tensor, "samples ..."]
+    labels: Shaped[Tensor, "samples ..."]
+    loss_fn: LossFunction
+    rule: Rule
+    batch_size: int
+
+
+class Stack:
+    """Networks of one shape, their weights and buffers stacked.
+
+    Attributes:
+        template: one of them; its own weights are not used.
+        weights: name -> (replica, ...).
+        buffers: name -> (replica, ...).
+    """
+
+    def __init__(self, template: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        self.template, self.weights, self.buffers = template, weights, buffers
+
+    @classmethod
+    def of(cls, models: Sequence[nn.Module]) -> Stack:
+        """Stack these networks.
+
+        Raises:
+            InputError: when they differ in shape.
+        """
+        kinds = [[(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()] for model in models]
+        odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if odd is not None:
+            raise InputError(
+                expected="make_model() to return networks of one shape",
+                got=f"replica {odd} with other parameters than replica 0",
+                do="draw weights in make_model(), not architectures",
+            )
+        parts = [dict(model.named_parameters()) for model in models]
+        weights = {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
+        held = [dict(model.named_buffers()) for model in models]
+        buffers = {name: torch.stack([part[name].detach() for part in held]) for name in held[0]}
+        return cls(models[0], weights, buffers)
+
+    def rows(self, start: int, stop: int) -> Stack:
+        """Some of the replicas; their tensors are views of these, with a template of their own."""
+        return Stack(
+            copy.deepcopy(self.template),
+            {name: w[start:stop] for name, w in self.weights.items()},
+            {name: b[start:stop] for name, b in self.buffers.items()},
+        )
+
+    def to(self, dtype: torch.dtype) -> Stack:
+        """A copy in another dtype."""
+
+        def convert(x: Tensor) -> Tensor:
+            return x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
+
+        return Stack(
+            copy.deepcopy(self.template).to(dtype),
+            {name: convert(w) for name, w in self.weights.items()},
+            {name: convert(b) for name, b in self.buffers.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.weights.values())))
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that training moves."""
+        wanted = {name for name, p in self.template.named_parameters() if p.requires_grad}
+        return {name: w for name, w in self.weights.items() if name in wanted}
+
+
+class Route(ABC):
+    """Advances a stack of networks in place.
+
+    Args:
+        stack: the networks.
+        problem: what they learn.
+    """
+
+    name: RouteName
+
+    def __init__(self, stack: Stack, problem: Problem) -> None:
+        self.stack, self.problem = stack, problem
+        self.optimizer = StackedOptimizer(problem.rule, stack.trained)
+
+    @abstractmethod
+    def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
+        """Take one step of every replica on its own samples.
+
+        Returns:
+            Outputs (replica, batch, outputs) from before the step, losses (replica,).
+        """
+
+    def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """What every replica says of the same samples, in eval mode."""
+        with torch.no_grad():
+            parts = [self.look(part) for part in x.split(max(1, min(4096, AT_ONCE // max(1, x[0].numel()))))]
+        return torch.cat(parts, dim=1)
+
+    @abstractmethod
+    def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """As ``outputs``, for a few samples."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides the weights and buffers."""
+        return {"moments": self.optimizer.state()}
+
+    def load(self, state: Mapping[str, Any], steps: int) -> None:
+        """Put a state back."""
+        for name, value in self.optimizer.state().items():
+            value.copy_(state["moments"][name])
+        self.optimizer.steps = steps
+
+
+class Kernels(Route):
+    """Own kernels, one a layer; see ``kernels.py``."""
+
+    name = "kernels"
+
+    def __init__(self, stack: Stack, problem: Problem, chain: Chain | None = None) -> None:
+        super().__init__(stack, problem)
+        if chain is None:
+            chain = find_chain(stack.template, problem.inputs[:2])
+        modules = [(name, stack.template.get_submodule(name)) for name, _ in chain]
+
+        def layers(weights: Mapping[str, Tensor]) -> list[Kernel]:
+            return arranged([KERNELS[type(module)](module, name, weights) for name, module in modules])
+
+        self.layers = layers(stack.weights)
+        # One replica at a time when looking: many samples make large matrices already, and stay in the cache.
+        self.alone = [layers({n: w[i : i + 1] for n, w in stack.weights.items()}) for i in range(len(stack))]
+        self.loss = stacked_loss(problem.loss_fn)
+        self.first = next((i for i, layer in enumerate(self.layers) if layer.trained), len(self.layers))
+
+    @torch.no_grad()
+    def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
+        """Forward through the layers, then backward, every layer moving its weights on the way."""
+        x = arrange(self.problem.inputs.index_select(0, index.flatten()), *index.shape)
+        for layer in self.layers:
+            x = layer.forward(x, keep=True)
+        labels = self.problem.labels
+        losses, gradient = self.loss(x, labels.index_select(0, index.flatten()).view(*index.shape, *labels.shape[1:]))
+        self.optimizer.begin()
+        below: Tensor | None = gradient
+        for i in range(len(self.layers) - 1, self.first - 1, -1):
+            assert below is not None
+            below = self.layers[i].backward(below, self.optimizer, wanted=i > self.first)
+        return x, losses
+
+    def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """Forward through the layers, one replica after the other."""
+        start, parts = arrange(x, 1, len(x)), []
+        for layers in self.alone:
+            y = start
+            for layer in layers:
+                y = layer.forward(y, keep=False)
+            parts.append(y)
+        return torch.cat(parts)
+
+
+class Vmap(Route):
+    """``torch.func.vmap`` over stacked weights, for whatever it can batch."""
+
+    name = "vmap"
+
+    def __init__(self, stack: Stack, problem: Problem) -> None:
+        super().__init__(stack, problem)
+        self.model, trained = stack.template, stack.trained
+        self.frozen = {name: w for name, w in stack.weights.items() if name not in trained}
+        self.advance = torch.func.vmap(torch.func.grad(self._loss, has_aux=True))
+        self.forward = torch.func.vmap(self._outputs, in_dims=(0, None))
+
+    def _loss(self, trained: Any, rest: Any, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        out = torch.func.functional_call(self.model, {**trained, **rest}, (x,))
+        loss = self.problem.loss_fn(out, y)
+        return loss, (out, loss)
+
+    def _outputs(self, everything: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.model, everything, (x,))
+
+    def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
+        """All gradients at once, then the step."""
+        x, y = self.problem.inputs[index], self.problem.labels[index]
+        rest = {**self.frozen, **self.stack.buffers}
+        gradients, (outputs, losses) = self.advance(self.stack.trained, rest, x, y)
+        with torch.no_grad():
+            self.optimizer.begin()
+            for name, gradient in gradients.items():
+                self.optimizer.dense(name, gradient.detach())
+        return _two_dimensional(outputs.detach()), losses.detach()
+
+    def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """All forward passes at once."""
+        with preserved(self.model, "eval"):
+            return _two_dimensional(self.forward({**self.stack.weights, **self.stack.buffers}, x))
+
+
+class Loop(Route):
+    """One replica after the other, each with a random stream of its own: whatever PyTorch can train."""
+
+    name = "loop"
+
+    def __init__(self, stack: Stack, problem: Problem) -> None:
+        super().__init__(stack, problem)
+        self.models = [copy.deepcopy(stack.template) for _ in range(len(stack))]
+        for i, model in enumerate(self.models):
+            for name, parameter in model.named_parameters():
+                parameter.data = stack.weights[name][i]
+            for name, buffer in model.named_buffers():
+                buffer.data = stack.buffers[name][i]
+        self.streams: list[Tensor] | None = None
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Give every replica its random stream (dropout and the like draw from it)."""
+        self.streams = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+
+    def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
+        """One gradient after the other, then the step of all."""
+        outputs, losses, gradients = [], [], []
+        here = random_state()
+        try:
+            for i, model in enumerate(self.models):
+                if self.streams is not None:
+                    torch.set_rng_state(self.streams[i])
+                out = model(self.problem.inputs[index[i]])
+                loss = self.problem.loss_fn(out, self.problem.labels[index[i]])
+                named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+                gradients.append(
+                    {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+                )
+                outputs.append(out.detach())
+                losses.append(loss.detach())
+                if self.streams is not None:
+                    self.streams[i] = torch.get_rng_state()
+        finally:
+            set_random_state(here)
+        with torch.no_grad():
+            self.optimizer.begin()
+            for name in gradients[0]:
+                self.optimizer.dense(name, torch.stack([part[name] for part in gradients]))
+        return _two_dimensional(torch.stack(outputs)), torch.stack(losses)
+
+    def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+        """One forward pass after the other."""
+        parts = []
+        for model in self.models:
+            with preserved(model, "eval"):
+                parts.append(model(x))
+        return _two_dimensional(torch.stack(parts))
+
+    def state(self) -> dict[str, Any]:
+        """The random streams too."""
+        return {**super().state(), "streams": self.streams or []}
+
+    def load(self, state: Mapping[str, Any], steps: int) -> None:
+        """Put a state back."""
+        super().load(state, steps)
+        self.streams = [stream.clone() for stream in state["streams"]] or None
+
+
+ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
+
+
+def choose_route(stack: Stack, problem: Problem) -> RouteName:
+    """The fastest route that this network allows, tried on two of its replicas.
+
+    Warns:
+        UserWarning: naming the layer, when only the loop is left.
+    """
+    two = stack.rows(0, 2)
+    try:
+        if agrees(two, problem):
+            return "kernels"
+    except Unsupported:
+        pass
+    entered: list[str] = []
+    trial = two.to(problem.inputs.dtype)
+    names = {module: name or "the network" for name, module in trial.template.named_modules()}
+    for module in names:
+        module.register_forward_pre_hook(lambda m, args: entered.append(f"{names[m]} ({type(m).__name__})"))
+    try:
+        index = torch.zeros(len(two), problem.batch_size, dtype=torch.int64, device=problem.inputs.device)
+        Vmap(trial, problem).step(index)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        layer = entered[-1] if entered else type(stack.template).__name__
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"torch.func.vmap cannot batch layer {layer}: {reason}. The replicas are trained one after the other, "
+            "which is slower",
+            stacklevel=4,
+        )
+        return "loop"
+    return "vmap"
+
+
+def agrees(stack: Stack, problem: Problem) -> bool:
+    """Whether the kernels take the step that autograd takes, in float64 on a few samples.
+
+    Raises:
+        Unsupported: when there are no kernels for this network.
+    """
+    chain = find_chain(stack.template, problem.inputs[:2])
+    replicas, batch = len(stack), problem.batch_size
+    some = torch.arange(replicas * batch, device=problem.inputs.device) % len(problem.inputs)
+    labels = problem.labels[some]
+    exact = Problem(
+        problem.inputs[some].double(),
+        labels.double() if labels.is_floating_point() else labels,
+        problem.loss_fn,
+        Rule("sgd", lr=0.1),
+        batch,
+    )
+    index = torch.arange(replicas * batch, device=some.device).view(replicas, batch)
+    ours, plain = stack.to(torch.float64), stack.to(torch.float64)
+    Kernels(ours, exact, chain).step(index)
+    Loop(plain, exact).step(index)
+    return all(
+        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
+        for name, w in plain.weights.items()
+    )
+
+
+def _two_dimensional(outputs: Tensor) -> Float[Tensor, "replicas batch outputs"]:
+    """(replica, batch) becomes (replica, batch, 1)."""
+    return outputs.unsqueeze(2) if outputs.dim() == 2 else outputs
