@@ -389,12 +389,10 @@ class _Session:
                 if count == 0 and stop < last:
                     each = (time.perf_counter() - started) / (stop - before)
                     bar.estimate(each * (last - stop))
-                if self.recording is not None and (
-                    stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS
-                ):
+                if self.recording is not None and (stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS):
                     self.recording.save(ensemble, self.routes)
                     saved = time.perf_counter()
-        if self.recording is not None and ensemble.step >= last:
+        if self.recording is not None and self.recording.written < ensemble.step:
             self.recording.save(ensemble, self.routes)
         plan, ensemble._map = ensemble.plan, map
         ensemble.plan = Plan(plan.route, plan.chunk_size, plan.threads, self.training, self.looking)
@@ -476,7 +474,11 @@ class _Session:
             for place, name in enumerate(ensemble.layers):
                 if not bool(torch.isfinite(features[name]).all()):
                     continue
-                for key, value in metrics(features[name], y, n_classes=n_classes).items():
+                try:
+                    found = metrics(features[name], y, n_classes=n_classes)
+                except np.linalg.LinAlgError:  # on its way to infinity: finite still, but not its squares
+                    continue
+                for key, value in found.items():
                     ensemble.log[key][row, position, place] = value
 
 

@@ -296,6 +296,7 @@ POINTWISE: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tens
 }
 """Activation -> (function, derivative of (module, gradient above, input, output))."""
 
+
 def arranged(layers: list[Kernel]) -> list[Kernel]:
     """The layers in an order that computes the same for less.
 

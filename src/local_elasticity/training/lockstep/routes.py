@@ -356,7 +356,8 @@ def agrees(stack: Stack, problem: Problem) -> bool:
     Kernels(ours, exact, chain).step(index)
     Loop(plain, exact).step(index)
     return all(
-        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True) for name, w in plain.weights.items()
+        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
+        for name, w in plain.weights.items()
     )
 
 
