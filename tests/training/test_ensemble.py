@@ -428,6 +428,7 @@ def test_without_a_log_there_is_none():
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 X, Y = clusters()
+SHARED = mlp()
 BAD = {
     "labels outside of the outputs": ({"data": (X, Y + 1)}, "labels in 0 ... 2"),
     "a batch larger than the data": ({"batch_size": 25}, "at most the 24 samples"),
@@ -451,7 +452,7 @@ BAD = {
     "a loss a sample": ({"loss_fn": lambda o, y: F.cross_entropy(o, y, reduction="none")}, "one number"),
     "a budget": ({"validation": (X, Y), "validate": le.budget(0.1)}, "depends on the step alone"),
     "resuming nothing": ({"resume": True}, "a store to resume"),
-    "networks that share weights": ({"make": lambda one=mlp(): one}, "a new network at each call"),
+    "networks that share weights": ({"make": lambda: SHARED}, "a new network at each call"),
     "no network": ({"make": lambda: 3}, "torch.nn.Module"),
     "stopping late": ({"stop_at": 41}, "stop_at <= steps"),
 }

@@ -124,7 +124,10 @@ if moment == "between log and state":
     recording.torch.save = dying
     t.train(store)
 else:
-    t.train(store, callback=lambda step, e: os.kill(os.getpid(), signal.SIGKILL) if step == 37 else None, call=t.le.every(9))
+    def die(step, ensemble):
+        if step == 37:
+            os.kill(os.getpid(), signal.SIGKILL)
+    t.train(store, callback=die, call=t.le.every(9))
 """
 
 

@@ -44,7 +44,7 @@ Pair = tuple[Tensor, Tensor]
 TrackerMaker = Callable[[nn.Module, "bool | int"], "Tracker"]
 _WEIGHTS, _ORDER, _STREAM = 0, 1, 2  # what a random stream is for
 _DRAWN = 1024  # steps of one draw of samples; any step can be reached without the ones before
-_CHUNK_BYTES = 2**23
+_CHUNK_BYTES = 6 * 2**20
 _CHECKPOINT_SECONDS = 30.0
 
 

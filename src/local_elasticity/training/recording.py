@@ -96,7 +96,7 @@ class EnsembleStore:
                     chunks=(min(BLOCK, len(values)), *values.shape[1:]),
                     dtype=values.dtype,
                     fill_value=np.nan if values.dtype.kind == "f" else -1,
-                    dimension_names=dataset[name].dims,
+                    dimension_names=_dims(name, values, _batched(ensemble.log)),
                 )
             zarr.consolidate_metadata(group.store)
         note = {
@@ -211,10 +211,9 @@ def as_dataset(
     """A log with its dimensions named."""
     import xarray as xr
 
-    batched = "samples" in log and log["samples"].ndim == 3
     variables: dict[str, Any] = {"diverged": (("replica",), diverged)}
     for name, values in log.items():
-        variables[name] = (_dims(name, values, batched), values)
+        variables[name] = (_dims(name, values, _batched(log)), values)
     coords: dict[str, Any] = {"replica": np.array(replicas)}
     if "logits" in log:
         coords["step"] = np.arange(len(log["logits"]))
@@ -224,6 +223,10 @@ def as_dataset(
     if "nc1" in log:
         coords["layer"] = np.array(layers, dtype=object)
     return xr.Dataset(variables, coords=coords, attrs={"format": FORMAT, "updates": step})
+
+
+def _batched(log: Mapping[str, np.ndarray]) -> bool:
+    return "samples" in log and log["samples"].ndim == 3
 
 
 def _dims(name: str, values: np.ndarray, batched: bool) -> tuple[str, ...]:
