@@ -170,6 +170,12 @@ def is_ensemble(path: str | Path) -> bool:
     return stored is not None and stored.get("format") == FORMAT
 
 
+def overwrite_ensemble(path: str | Path) -> None:
+    """Remove the folder of an ensemble; anything else stays."""
+    if is_ensemble(path):
+        shutil.rmtree(path)
+
+
 def open_ensemble(path: str | Path) -> xr.Dataset:
     """The log of an ensemble on disk, as far as it is committed.
 
