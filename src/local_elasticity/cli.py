@@ -458,7 +458,7 @@ def train(
     per_class: int | None = None,
     validate: int | None = None,
     probe: int | None = None,
-    probes_per_class: int = 50,
+    probes_per_class: int = 20,
     collapse_layer: Words = None,
     dtype: Literal["float32", "float64"] = "float32",
     threads: int | None = None,
@@ -651,8 +651,8 @@ def estimate(
     Example: local-elasticity estimate runs/digits --model logits --out runs/digits/estimate
 
     Args:
-        recording: a run, the folder of an ensemble, or a .npz file with class_means (T, K, p) or (trials, T, K, p), or with logits (T, trials, K)
-            and labels (T, trials); an array t beside them gives the times.
+        recording: a run, the folder of an ensemble, or a .npz file with class_means (T, K, p) or (trials, T, K, p), or
+            with logits (T, trials, K) and labels (T, trials); an array t beside them gives the times.
         model: logits (the features are the K logits), isotropic, or auto: logits where there are as many outputs as
             classes.
         estimator: as defined, or as published (the authors' code, number for number).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def load_split(
     if name.lower() in _GEOMNIST:
         return _shapes(name.lower(), classes, per_class or _PER_CLASS, seed)
     train = load(name, "train")
-    options = {"source": train.source} if train.source and name.lower().startswith("cifar") else {}
+    options: dict[str, Any] = {"source": train.source} if train.source and name.lower().startswith("cifar") else {}
     test = load(name, "test", **options)
     if classes:
         train, test = train.subset(classes), test.subset(classes)

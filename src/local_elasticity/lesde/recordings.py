@@ -16,8 +16,8 @@ from local_elasticity.training.recording import is_ensemble, open_ensemble
 
 SIMULATION = "simulation.npz"
 FORMS = (
-    "a run (its class means over the steps), the folder of an ensemble or of a simulation, or a .npz file with class_means (T, K, p) or "
-    "(trials, T, K, p), "
+    "a run (its class means over the steps), the folder of an ensemble or of a simulation, or a .npz file with "
+    "class_means (T, K, p) or (trials, T, K, p), "
     "or with logits (T, trials, K) and labels (T, trials); t (T,) beside them is optional"
 )
 
