@@ -77,7 +77,8 @@ def test_the_same_command_continues_and_another_is_refused(tmp_path, capsys):
     ],
 )
 def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
-    assert call("train", *SMALL, *words, "--out", tmp_path / "run") == 2
+    small = SMALL[2:] if "--network" in words else SMALL
+    assert call("train", *small, *words, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
@@ -113,7 +114,7 @@ def test_estimate_leaves_out_what_diverged_and_takes_probes_without_a_log(tmp_pa
         made.append(MLP(1024, 3, depth=1, width=8))
         if len(made) == 2:
             with torch.no_grad():
-                made[-1].out.weight.mul_(1e30)
+                made[-1].out.weight.fill_(torch.inf)
         return made[-1]
 
     le.train_ensemble(

@@ -28,8 +28,8 @@ STRETCHES = 100  # into which the log of single steps is averaged for a figure
 COLLAPSE = {
     "nc1": ("NC1: tr($\\Sigma_W \\Sigma_B^+$)/K", True),
     "nc1_cdnv": ("NC1: distance-normalised variance", True),
-    "nc2_equinorm": ("NC2: norms of class means, sd/mean", False),
-    "nc2_equiangle": ("NC2: angles, mean |cos + 1/(K-1)|", False),
+    "nc2_equinorm": ("NC2: norms of means, sd/mean", False),
+    "nc2_equiangle": ("NC2: angles, |cos + 1/(K-1)|", False),
     "nc2_simplex": ("NC2: distance to the simplex", False),
 }
 MEANING = (
