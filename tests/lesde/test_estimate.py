@@ -236,6 +236,17 @@ def test_loglog_and_unknown_names():
         fit.tail("dyadik")
 
 
+def test_verdict_of_a_spread_that_vanishes_stays_readable():
+    t = np.arange(60.0)
+    rng = np.random.default_rng(0)
+    X = logits(start(3), lambda s: 0.02, lambda s: -0.005, t) + 0.01 * rng.normal(size=(20, 60, 3, 3))
+    for last, words in ((1e-200, "times the variance of now"), (0.0, "do not spread at all")):
+        variance = np.append(np.linspace(1, 2, 59), last)
+        why = quietly(class_means=X, t=t, model="logits", within_variance=variance).verdict().why
+        assert words in why
+        assert len(why) < 600
+
+
 @pytest.mark.parametrize(("r", "word"), [(0.5, "separable"), (1.6, "not separable")])
 def test_verdict(r, word):
     t = np.arange(0, 4000, 4.0)

@@ -67,7 +67,10 @@ def _growth(fit: Fit) -> tuple[str, bool]:
     """How far the gap has grown, in words, and whether it surely falls over the last octave."""
     gap = fit.A - fit.B
     last = fit.draws("gap")
-    text = f"So far the distance of class means has grown by exp((A - B)/K) = {np.exp(gap[-1] / fit.n_classes):.3g}"
+    grown = np.exp(gap[-1] / fit.n_classes)
+    text = f"So far the distance of class means has grown by exp((A - B)/K) = {grown:.3g}"
+    if np.isnan(grown):
+        text = "How far the distance of class means has grown so far cannot be told"
     if last is None:
         return text, False
     half = fit.t[-1] / 2 if fit.t[0] < fit.t[-1] / 2 else (fit.t[0] + fit.t[-1]) / 2
@@ -84,12 +87,13 @@ def _noise(fit: Fit) -> str:
     spread = np.nanmean(fit.within_variance[known][-1])
     pairs = np.triu_indices(fit.n_classes, 1)
     nearest = np.linalg.norm(X[:, None] - X[None], axis=-1)[pairs].min()
-    distances = nearest / np.sqrt(max(spread, 1e-300))
+    if not spread > 0:
+        return "Now samples of a class do not spread at all"
+    distances = nearest / np.sqrt(spread)
     apart = f"Now the nearest class means stand {distances:.3g} within-class standard deviations apart"
     times, sigma2 = fit.t[len(fit.t) // 2 :], fit.sigma2[len(fit.t) // 2 :]
-    late = float(np.trapezoid(sigma2, times)) / max(spread, 1e-300)
+    late = float(np.trapezoid(sigma2, times)) / spread
+    share = f"{max(late, 0):.0%} of the variance" if late < 10 else f"{late:.3g} times the variance of now"
     if late < DIED_OUT:
-        return (
-            f"{apart}, and no more noise is added (the last half of the time added {max(late, 0):.0%} of the variance)"
-        )
-    return f"{apart}, and noise goes on (the last half of the time added {late:.0%} of the variance)"
+        return f"{apart}, and no more noise is added (the last half of the time added {share})"
+    return f"{apart}, and noise goes on (the last half of the time added {share})"
