@@ -286,9 +286,9 @@ def _numbers(reading: EnsembleReading, fit: Fit | str) -> str:
 
 def _configuration(reading: EnsembleReading) -> str:
     settings = {key: value for key, value in reading.settings.items() if key not in ("configuration", "parameters")}
-    settings |= settings.pop("rule", {}) | (reading.settings.get("configuration") or {})
-    replicas = settings.get("replicas") or []
-    settings["replicas"] = len(replicas)
+    # What the caller said of the run may bear the same names as what the trainer did.
+    settings = (reading.settings.get("configuration") or {}) | settings.pop("rule", {}) | settings
+    settings["replicas"] = len(settings.get("replicas") or [])
     for name in ("validation", "probes"):
         looks = settings.get(name)
         settings[name] = f"{len(looks[1])} looks" if looks else "none"
