@@ -6,48 +6,24 @@ Run it as ``local-elasticity bench collapse`` or ``python benchmarks/collapse.py
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from local_elasticity.collapse import NeuralCollapse, layer_metrics, metrics, weighted_layers
 from local_elasticity.networks import resnet18_batchnorm, resnet18_plain
+from tables.comparison import Row, machine, report
 
 DIM, N_CLASSES, N_SAMPLES = 2048, 100, 4000
 PER_CLASS, PROBE_CLASSES = 20, 3
 LEAST_SPEEDUP, MOST_DIFFERENCE, MOST_OVER_FORWARD = 20.0, 1e-6, 1.2
 HEADINGS = ("phase", "median CPU s", "min CPU s", "ratio (of mins)", "bound", "verdict")
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    phase: str
-    value: str = ""
-    seconds: list[float] = field(default_factory=list)
-    ratio: str = ""
-    bound: str = ""
-    holds: bool | None = None
-
-    def cells(self) -> tuple[str, ...]:
-        """Phase, median and smallest CPU seconds (or what was found), ratio, bound, verdict."""
-        middle, least = self.value, ""
-        if self.seconds:
-            middle, least = f"{statistics.median(self.seconds):.4f}", f"{min(self.seconds):.4f}"
-        verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
-        return self.phase, middle, least, self.ratio, self.bound, verdict
 
 
 def compare(ways: list[tuple[Row, Callable[[], object]]], repeats: int, warm_up: int = 1) -> None:
@@ -160,10 +136,7 @@ def main(quick: bool = False, out: Path | None = None, repeats: int = 3) -> int:
     """
     repeats = 1 if quick else max(1, repeats)
     console = Console(soft_wrap=True)
-    facts = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
+    facts = machine()
     console.print(facts, highlight=False)
     console.print(f"NC1 at D = {DIM}, K = {N_CLASSES}, {repeats} rounds ...", style="dim")
     rows = nc1_rows(repeats)
@@ -180,20 +153,7 @@ def main(quick: bool = False, out: Path | None = None, repeats: int = 3) -> int:
         "forward pass with all metrics over one bare forward pass. CPU seconds of the process; "
         f"verdicts go by medians of {repeats} rounds (a), {3 * repeats} (b) and {5 * repeats} (layers), interleaved."
     )
-    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        colour = {None: "", True: "green", False: "bold red"}[row.holds]
-        *cells, verdict = row.cells()
-        table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
-    console.print(table)
-    console.print(note, highlight=False)
-    if out is not None:
-        lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
-        text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f"{text}\n\n{note}\n\n{facts}\n", encoding="utf-8")
-        console.print(f"written to {out}", highlight=False)
-    return 0 if all(row.holds is not False for row in rows) else 1
+    return report(console, [("", HEADINGS, [row.cells() for row in rows])], [note, facts], out)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,6 +28,7 @@ import local_elasticity as le
 from local_elasticity.networks import SimpleConv
 from local_elasticity.training.lockstep.optimizers import Rule
 from local_elasticity.training.lockstep.routes import Kernels, Problem, Stack
+from tables.comparison import VERDICTS, machine, report
 
 REPLICAS, CHUNK, STEPS, LR, VALIDATION = 100, 25, 10_000, 0.005, 600
 LEAST_PLAIN, LEAST_PUBLISHED, MOST_DIFFERENCE, MOST_BYTES = 4.0, 400.0, 1e-12, 10**9
@@ -49,7 +48,7 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """What, value, ratio, bound, verdict."""
-        return self.what, self.value, self.ratio, self.bound, {None: "", True: "holds", False: "FAILS"}[self.holds]
+        return self.what, self.value, self.ratio, self.bound, VERDICTS[self.holds]
 
 
 # --- the ways to take a step ----------------------------------------------------------------------------------------
@@ -284,16 +283,8 @@ def main(quick: bool = False, out: Path | None = None) -> int:
     torch.set_num_threads(1)
     repeats = 3 if quick else 12
     rows = [*speed_rows(repeats), *layer_rows(repeats), equality_row(), *memory_rows(64 if quick else 512)]
-    table = Table(title=f"Lock-step training, per network-step; torch {torch.__version__}, 1 thread", box=box.SIMPLE)
-    for heading in ("what", "value", "times ours", "bound", "verdict"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*row.cells())
-    Console(width=140).print(table)
-    if out is not None:
-        with out.open("w", encoding="utf-8") as file:
-            Console(file=file, width=140).print(table)
-    return int(any(row.holds is False for row in rows))
+    headings = ("per network-step", "value", "times ours", "bound", "verdict")
+    return report(Console(soft_wrap=True), [("", headings, [row.cells() for row in rows])], [machine()], out)
 
 
 if __name__ == "__main__":

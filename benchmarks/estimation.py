@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import binomtest
 
 import local_elasticity as le
 from local_elasticity.lesde.observations import observe
+from tables.comparison import VERDICTS, report
 
 STEPS, TRIALS, DRAWS, MOST_SECONDS = 10_000, 100, 200, 1.0
 LEAST, MOST = 0.90, 0.99  # coverage of 95 % intervals that is called right
@@ -132,22 +131,8 @@ def main(quick: bool = False, out: Path | None = None) -> int:
     parts = {"Seconds (least of a few rounds)": estimation_rows(1 if quick else 3)}
     console.print(f"coverage over {sets} data sets each, about {sets // 2} s ...", style="dim")
     parts[f"Coverage of 95 % intervals over {sets} simulated data sets, [95 %] binomial"] = coverage_rows(sets)
-    lines, failed = [], False
-    for title, rows in parts.items():
-        table = Table(*HEADINGS, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        lines += [f"\n{title}\n", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-        for *cells, holds in rows:
-            verdict = {None: "", True: "holds", False: "FAILS"}[holds]
-            failed |= holds is False
-            colour = "[green]" if holds else "[bold red]"
-            table.add_row(*(c.replace("[", r"\[") for c in cells), f"{colour}{verdict}[/]" if verdict else "")
-            lines.append("| " + " | ".join([*cells, verdict]) + " |")
-        console.print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        console.print(f"written to {out}", highlight=False)
-    return int(failed)
+    tables = [(title, HEADINGS, [(*cells, VERDICTS[holds]) for *cells, holds in rows]) for title, rows in parts.items()]
+    return report(console, tables, [], out)
 
 
 if __name__ == "__main__":

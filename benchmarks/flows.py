@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import scipy
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from scipy import linalg
 
 from local_elasticity.flows import RidgeClassifierFlow
 from local_elasticity.studies.dan2023_ridge import RIDGE
+from tables.comparison import report
 
 P, LAST, N_TIMED = 100, 8000, 50
 LEAST_SPEEDUP, MOST_DIFFERENCE = 200.0, 1e-10
@@ -147,17 +146,7 @@ def main(quick: bool = False, out: Path | None = None) -> int:
         f"{len(cells)} of {total} cells and scaled, the shared exponentials on {len(some)} times; ours in full, best "
         f"of {len(runs)}."
     )
-    table = Table(*HEADINGS, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(note, highlight=False)
-    if out is not None:
-        lines = [HEADINGS, ("---",) * len(HEADINGS), *rows]
-        text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f"{text}\n\n{note}\n\n{facts}\n", encoding="utf-8")
-    return int(any(row[-1] == "FAILS" for row in rows))
+    return report(console, [("", HEADINGS, rows)], [note, facts], out)
 
 
 def _verdict(holds: bool) -> str:

@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,6 +42,7 @@ from local_elasticity.impact.contraction import contract
 from local_elasticity.kernel_similarity import relative
 from local_elasticity.networks import MLP, SimpleConv, resnet18_plain
 from local_elasticity.updates import SGD
+from tables.comparison import VERDICTS, machine, report
 
 MIB = 2**20
 PEER_SECONDS = 120  # by the clock, warm-up and imports included
@@ -74,8 +72,8 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """What the table shows."""
-        verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
-        return self.work, "" if self.seconds is None else f"{self.seconds:.3g}", self.ratio, self.bound, verdict
+        took = "" if self.seconds is None else f"{self.seconds:.3g}"
+        return self.work, took, self.ratio, self.bound, VERDICTS[self.holds]
 
 
 def least(row: str, one: float, other: float, bound: float | None) -> Row:
@@ -396,10 +394,7 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
     """
     peers = peers or os.environ.get("LOCAL_ELASTICITY_PEERS")
     console = Console(soft_wrap=True)
-    facts = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
+    facts = machine()
     console.print(facts, highlight=False)
     repeats = 1 if quick else 2
     rows: list[Row] = []
@@ -415,20 +410,8 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
             rows += step()
             for row in [r for r in rows if r.ratio][-3:]:
                 console.print("  " + " ".join(filter(None, row.cells())), style="dim", highlight=False)
-    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        colour = {None: "", True: "green", False: "bold red"}[row.holds]
-        *cells, verdict = row.cells()
-        table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
-    console.print(table)
     note = "Seconds of the processor, smallest of the repeats. " + ("" if peers else HOW_TO_PEERS)
-    console.print(note, highlight=False)
-    if out is not None:
-        lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
-        text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f"{text}\n\n{note}\n\n{facts}\n", encoding="utf-8")
-    return 0 if all(row.holds is not False for row in rows) else 1
+    return report(console, [("", HEADINGS, [row.cells() for row in rows])], [note, facts], out)
 
 
 if __name__ == "__main__":

@@ -17,23 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import runpy
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import local_elasticity as le
+from tables.comparison import Row, machine, report
 
 TRIALS, T = 500, 10_000
 LEAST_PUBLISHED, LEAST_TORCHSDE, LEAST_DIFFRAX, MOST_OVER_FLOOR, MOST_MEMORY = 3000.0, 100.0, 30.0, 2.0, 2 * 2**30
@@ -42,26 +38,6 @@ HOW = (
     "python -m venv peers && peers/bin/pip install torch torchsde diffrax jax; LOCAL_ELASTICITY_PEERS=peers/bin/python"
 )
 HEADINGS = ("what", "median CPU s", "min CPU s", "ratio (of mins)", "bound", "verdict")
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    what: str
-    value: str = ""
-    seconds: list[float] = field(default_factory=list)
-    ratio: str = ""
-    bound: str = ""
-    holds: bool | None = None
-
-    def cells(self) -> tuple[str, ...]:
-        """The cells, as text."""
-        middle, least = self.value, ""
-        if self.seconds:
-            middle, least = f"{statistics.median(self.seconds):.4g}", f"{min(self.seconds):.4g}"
-        verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
-        return self.what, middle, least, self.ratio, self.bound, verdict
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -254,25 +230,8 @@ def main(quick: bool = False, out: Path | None = None, peers: str | None = None)
         rows += estimation_rows(repeats, console)
     finally:
         torch.set_num_threads(threads)
-    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        colour = {None: "", True: "green", False: "bold red"}[row.holds]
-        *cells, verdict = row.cells()
-        table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
-    console.print(table)
-    facts = (
-        f"CPU seconds, one thread; torch {torch.__version__}, numpy {np.__version__}, Python "
-        f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} processors"
-    )
-    console.print(facts, highlight=False)
-    if out is not None:
-        lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(
-            "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{facts}\n", encoding="utf-8"
-        )
-        console.print(f"written to {out}", highlight=False)
-    return int(any(row.holds is False for row in rows))
+    facts = f"CPU seconds, one thread; numpy {np.__version__}, {machine()}"
+    return report(console, [("", HEADINGS, [row.cells() for row in rows])], [facts], out)
 
 
 if __name__ == "__main__":

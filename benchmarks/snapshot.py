@@ -19,13 +19,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -35,6 +33,7 @@ from local_elasticity.impact import Impact, measure
 from local_elasticity.networks import MLP, resnet18_plain
 from local_elasticity.training import Tracker, budget
 from local_elasticity.updates import Adam
+from tables.comparison import Row, machine, report
 
 N_CLASSES, PER_CLASS, LR, BATCH = 3, 20, 1e-4, 25
 N_PROBES = N_CLASSES * PER_CLASS
@@ -42,26 +41,6 @@ N_COPIES = N_CLASSES * N_PROBES  # the plain loop makes one for each source of e
 LEAST_SPEEDUP, MOST_OVER_FLOOR, MOST_COPIES = 8.0, 1.25, 3.0
 MOST_OVERHEAD = 0.06
 MIB = 2**20
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    phase: str
-    value: str = ""
-    seconds: list[float] = field(default_factory=list)
-    ratio: str = ""
-    bound: str = ""
-    holds: bool | None = None
-
-    def cells(self) -> tuple[str, ...]:
-        """Phase, median and smallest seconds (or what was found), ratio, bound, verdict."""
-        middle, least = self.value, ""
-        if self.seconds:
-            middle, least = f"{statistics.median(self.seconds):.2f}", f"{min(self.seconds):.2f}"
-        verdict = {None: "", True: "holds", False: "FAILS"}[self.holds]
-        return self.phase, middle, least, self.ratio, self.bound, verdict
 
 
 HEADINGS = ("phase", "median s", "min s", "ratio (of mins)", "bound", "verdict")
@@ -262,10 +241,7 @@ def main(repeats: int = 3, quick: bool = False, out: Path | None = None) -> int:
     """
     repeats = max(1, repeats)
     console = Console(soft_wrap=True)
-    facts = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, {processor()}, "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
+    facts = machine(processor())
     console.print(facts, highlight=False)
     console.print("peak memory, in a process of its own ...", style="dim")
     memory = memory_row()  # first: this process is small yet
@@ -323,20 +299,8 @@ def main(repeats: int = 3, quick: bool = False, out: Path | None = None) -> int:
         "less `after`, in copies of the parameters. Budget: a small MLP; "
         "all time inside the tracker over all time outside."
     )
-    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        colour = {None: "", True: "green", False: "bold red"}[row.holds]
-        *cells, verdict = row.cells()
-        table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
-    console.print(table)
-    console.print(note, highlight=False)
-    if out is not None:
-        lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
-        text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f"{text}\n\n{note}\n\n{facts}\n", encoding="utf-8")
-        console.print(f"written to {out}", highlight=False)
-    return 0 if all(row.holds is not False for row in rows) else 1
+    cells = [replace(row, digits=".2f").cells() for row in rows]
+    return report(console, [("", HEADINGS, cells)], [note, facts], out)
 
 
 if __name__ == "__main__":

@@ -824,6 +824,7 @@ def bench(name: str = "snapshot", *, quick: bool = False, out: Path | None = Non
         )
     if name not in known:
         raise InputError(expected="a benchmark", got=repr(name), do=nearest(name, known))
+    sys.path.insert(0, str(folder))  # as when the file is run by itself: they share the table
     module = runpy.run_path(str(folder / f"{name}.py"))
     return int(module["main"](quick=quick, out=out))
 
