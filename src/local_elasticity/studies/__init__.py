@@ -6,6 +6,7 @@ from local_elasticity.studies.dan2023_regression import REGRESSION
 from local_elasticity.studies.dan2023_ridge import RIDGE
 from local_elasticity.studies.hesu2020_clustering import CLUSTERING
 from local_elasticity.studies.hesu2020_synthetic import SYNTHETIC
+from local_elasticity.studies.wang2021_corruption import CORRUPTION
 
 STUDIES = {
     "dan2023-cifar10": CIFAR10,
@@ -14,6 +15,7 @@ STUDIES = {
     "dan2023-ridge": RIDGE,
     "hesu2020-clustering": CLUSTERING,
     "hesu2020-synthetic": SYNTHETIC,
+    "wang2021-corruption": CORRUPTION,
 }
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""
 
