@@ -215,7 +215,7 @@ def _same(training: Training, record: Record) -> None:
 
 
 def _final(ensemble: Ensemble, validation: Pair) -> Arrays:
-    """Loss and accuracy of every replica on the whole validation set after the last step, and its class means."""
+    """Logits of every replica for the whole validation set after the last step, loss, accuracy, class means."""
     x, y = validation
     parts = [ensemble.outputs(part.float()) for part in x.split(500)]
     outputs = torch.cat(parts, dim=1).double()
@@ -224,7 +224,8 @@ def _final(ensemble: Ensemble, validation: Pair) -> Arrays:
     means = torch.stack([outputs[:, y == k].mean(dim=1) for k in range(outputs.shape[2])], dim=1)
     variances = torch.stack([outputs[:, y == k].var(dim=1) for k in range(outputs.shape[2])], dim=1)
     found = {"loss": losses, "accuracy": right, "means": means, "variances": variances}
-    return {name: value.numpy() for name, value in found.items()}
+    kept_logits = {"logits": outputs.float().numpy(), "labels": np.broadcast_to(y.numpy(), outputs.shape[:2])}
+    return {name: value.numpy() for name, value in found.items()} | kept_logits
 
 
 def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[int, Ensemble], None]:
@@ -305,7 +306,7 @@ class Record:
 
     @cached_property
     def final(self) -> Arrays:
-        """Loss, accuracy, class means and variances on the whole validation set after the last step."""
+        """After the last step on the whole validation set: logits, labels, loss, accuracy, means, variances; by replica."""
         with np.load(self.folder / _FINAL) as stored:
             return {name: stored[name][self.sound] for name in stored.files}
 
