@@ -306,7 +306,7 @@ class Record:
 
     @cached_property
     def final(self) -> Arrays:
-        """After the last step on the whole validation set: logits, labels, loss, accuracy, means, variances; by replica."""
+        """After the last step, whole validation set, by replica: logits, labels, loss, accuracy, means, variances."""
         with np.load(self.folder / _FINAL) as stored:
             return {name: stored[name][self.sound] for name in stored.files}
 
@@ -394,7 +394,7 @@ SIZES = {
         classes=(2, 3),
     ),
     "paper": Size(
-        geomnist=Training(measured=8),
+        geomnist=Training(measured=16, sources=12),
         corrupted=100,
         rates=PAPER_RATES,
         sized=100,
