@@ -386,11 +386,11 @@ _CIFAR = Training("cifar10", n_train=2000, replicas=100, steps=30_000, lr=0.001,
 SIZES = {
     "small": Size(
         geomnist=Training(n_validation=100, replicas=60, steps=3000, probes=8, measured=3),
-        corrupted=24,
+        corrupted=16,
         rates=(0.0, 0.4, 0.8),
-        sized=24,
+        sized=16,
         sizes=((40, 10),),
-        cifar=Training("cifar10", n_train=0, n_validation=0, replicas=10, steps=9000, lr=0.001, probes=8, measured=1),
+        cifar=Training("cifar10", n_train=0, n_validation=0, replicas=8, steps=8000, lr=0.001, probes=8, measured=1),
         classes=(2, 3),
     ),
     "paper": Size(
@@ -466,6 +466,20 @@ class EnsembleStudy(ABC):
         print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}", flush=True)
         records = trained(wanted, out, trainings, progress=sys.stderr.isatty())
         return 0 if train_only else self.report(records, size, scale, out)
+
+
+def sized(size: Size, n_train: int, n_validation: int) -> Training:
+    """The training with other numbers of images; the clean one where they are its own."""
+    if n_train == size.geomnist.n_train:
+        return size.geomnist
+    return replace(size.geomnist, n_train=n_train, n_validation=n_validation, replicas=size.sized, measured=0)
+
+
+def classed(size: Size, n_classes: int) -> Training:
+    """The training on CIFAR-10 with these classes."""
+    if n_classes == size.cifar.n_classes:
+        return size.cifar
+    return replace(size.cifar, n_classes=n_classes, measured=0)
 
 
 def announce(trainings: Sequence[Training], places: Sequence[Path | None]) -> None:
