@@ -7,6 +7,7 @@ from local_elasticity.studies.dan2023_ridge import RIDGE
 from local_elasticity.studies.hesu2020_clustering import CLUSTERING
 from local_elasticity.studies.hesu2020_synthetic import SYNTHETIC
 from local_elasticity.studies.wang2021_corruption import CORRUPTION
+from local_elasticity.studies.wang2021_dynamics import DYNAMICS
 
 STUDIES = {
     "dan2023-cifar10": CIFAR10,
@@ -16,6 +17,7 @@ STUDIES = {
     "hesu2020-clustering": CLUSTERING,
     "hesu2020-synthetic": SYNTHETIC,
     "wang2021-corruption": CORRUPTION,
+    "wang2021-dynamics": DYNAMICS,
 }
 """Name -> study; a study has ``title``, ``cost`` and ``run(scale, out, overwrite)``."""
 

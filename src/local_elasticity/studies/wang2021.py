@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from local_elasticity.impact.progress import duration
 from local_elasticity.lesde.direct import impact_matrix
 from local_elasticity.networks import SimpleConv
 from local_elasticity.runs import prepare_folder
+from local_elasticity.studies.claims import Claim, print_claims, status, write_claims
 from local_elasticity.studies.pieces import Arrays, kept
 from local_elasticity.training.ensemble import Ensemble, due, train_ensemble
 from local_elasticity.training.recording import NOTE, PROGRESS, is_ensemble, open_ensemble
@@ -32,6 +33,7 @@ from local_elasticity.training.schedule import Schedule, at
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure
 
     from local_elasticity.data import TensorData
 
@@ -59,7 +61,7 @@ class Training:
         probes: validation images a class in the fixed probe set (class means, variance within, neural collapse).
         checked: validation images a class that are looked at during training; all are at the end.
         measured: replicas whose impact is measured directly.
-        sources: training images a class on which a step is tried for that.
+        sources: training images a class on which a step is tried for that, drawn anew at each look.
     """
 
     data: Literal["geomnist", "cifar10"] = "geomnist"
@@ -142,6 +144,14 @@ def first_of_each(pair: Pair, count: int, skip: int = 0) -> Pair:
     """The same number of samples of every class, in order; fewer where a class has no more."""
     x, y = pair
     chosen = torch.cat([torch.nonzero(y == k).squeeze(1)[skip : skip + count] for k in range(int(y.max()) + 1)])
+    return x[chosen], y[chosen]
+
+
+def drawn_of_each(pair: Pair, count: int, rng: np.random.Generator) -> Pair:
+    """The same number of samples of every class, drawn with replacement, class after class."""
+    x, y = pair
+    members = [torch.nonzero(y == k).squeeze(1) for k in range(int(y.max()) + 1)]
+    chosen = torch.cat([m[torch.from_numpy(rng.integers(len(m), size=count))] for m in members])
     return x[chosen], y[chosen]
 
 
@@ -232,25 +242,25 @@ def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[
     """Measures the impact of real steps on the first replicas: one small file a look.
 
     Steps are taken on training images with their labels, one at a time and each from the same weights; movements are
-    looked at on the probes, averaged class by class.
+    looked at on validation images, averaged class by class. Every look and replica draws its own images, so that their
+    choice is part of what differs between replicas.
     """
     from local_elasticity.impact import measure
     from local_elasticity.updates import SGD
 
-    xs, ys = (
-        part.float() if part.is_floating_point() else part for part in first_of_each(data.train, training.sources)
-    )
-    xt, yt = first_of_each(data.validation, training.probes)
     numbers = range(min(training.measured, training.replicas))
 
     def look(step: int, ensemble: Ensemble) -> None:
         def compute() -> Arrays:
             found: dict[str, list[np.ndarray]] = {"change": [], "before": [], "isotropic": [], "logits": []}
             for number in numbers:
+                rng = np.random.default_rng([training.seed, step, number])
+                xs, ys = drawn_of_each(data.train, training.sources, rng)
+                xt, yt = drawn_of_each(data.validation, training.probes, rng)
                 impact = measure(
                     ensemble.model(number),
                     torch.nn.functional.cross_entropy,
-                    (xs, ys),
+                    (xs.float(), ys),
                     xt.float(),
                     update=SGD(lr=training.lr),
                     engine="replay",
@@ -264,7 +274,8 @@ def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[
                 found["before"].append(impact.source_before.double().numpy())
                 for drift in ("isotropic", "logits"):
                     found[drift].append(impact_matrix(impact, ys, yt, drift, n_boot=0).values)
-            return {name: np.stack(values) for name, values in found.items()} | {"labels": ys.numpy()}
+            labels = np.repeat(np.arange(training.n_classes), training.sources)
+            return {name: np.stack(values) for name, values in found.items()} | {"labels": labels}
 
         kept(folder / f"{step:06d}.npz", compute)
 
@@ -466,6 +477,21 @@ class EnsembleStudy(ABC):
         print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}", flush=True)
         records = trained(wanted, out, trainings, progress=sys.stderr.isatty())
         return 0 if train_only else self.report(records, size, scale, out)
+
+    def finish(
+        self, claims: Sequence[Claim], notes: Sequence[str], figures: Mapping[str, Figure], scale: str, out: Path
+    ) -> int:
+        """Write and show the table, the notes and the figures; 1 when a claim fails."""
+        from local_elasticity.report.figures import save
+
+        title = f"{self.title}, scale {scale}"
+        path = write_claims(claims, out, title, notes)
+        drawn = [save(figure, out / "figures", name)[0] for name, figure in figures.items()]
+        print_claims(claims, title)
+        for note in notes:
+            print(note)
+        print(f"claims: {path}\nfigures: {', '.join(map(str, drawn))}")
+        return status(claims)
 
 
 def sized(size: Size, n_train: int, n_validation: int) -> Training:

@@ -1,4 +1,4 @@
-"""What the second paper's studies read off a record: estimates, class means, separation, and when they cross a level."""
+"""What the second paper's studies read off a record: estimates, class means, separation, crossings of a level."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mean_of(values: Float[np.ndarray, " replicas"]) -> Seen:
     return Seen(mean, mean - reach, mean + reach)
 
 
-def band_of(values: Float[np.ndarray, "replicas *t"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def band_of(values: Float[np.ndarray, "replicas ..."]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over replicas with Student's interval, at every time."""
     from scipy.special import stdtrit
 
@@ -163,19 +163,19 @@ def tail_draws(
 # --- class means ---------------------------------------------------------------------------------------------------
 
 
-def own_logit(means: Float[np.ndarray, "*b K K"]) -> Float[np.ndarray, "*b"]:
+def own_logit(means: Float[np.ndarray, "... K K"]) -> np.ndarray:
     """xbar: mean over classes of the logit of the own class."""
     return np.einsum("...kk->...", means) / means.shape[-1]
 
 
-def simplex_mode(means: Float[np.ndarray, "*b K K"]) -> Float[np.ndarray, "*b"]:
+def simplex_mode(means: Float[np.ndarray, "... K K"]) -> np.ndarray:
     """Mean over classes of u_k . X^k: positive where class means lie on the side of their labels."""
     K = means.shape[-1]
     own = np.einsum("...kk->...k", means) - means.mean(axis=-1)
     return own.mean(axis=-1) / np.sqrt((K - 1) / K)
 
 
-def separation(means: Float[np.ndarray, "*b K p"], variance: Float[np.ndarray, "*b K p"]) -> Float[np.ndarray, "*b"]:
+def separation(means: Float[np.ndarray, "... K p"], variance: Float[np.ndarray, "... K p"]) -> np.ndarray:
     """S: mean over pairs of log(squared distance of class means / variance within, per coordinate); spec lesde 3.5."""
     K = means.shape[-2]
     i, j = np.triu_indices(K, 1)
