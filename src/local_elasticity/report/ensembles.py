@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.lesde.published import displayed
 from local_elasticity.report.estimation import ORANGE, _head, _thinned, _without_spikes
 from local_elasticity.report.figures import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, _figure, _finish
 
@@ -141,10 +142,18 @@ def rate_panels(
         left.set_title(name, fontsize=NORMAL, loc="left")
         _finish(left, "integral", log=False)
         _finish(right, "impact per step", log=False)
-    for axis in axes[0]:
-        axis.legend(fontsize=SMALL - 0.5, frameon=False, loc="best", ncols=2, handlelength=2.4)
     for axis in axes[-1]:
         axis.set_xlabel("training step", fontsize=SMALL)
+    handles = [*axes[0, 0].lines, *axes[0, 1].lines]
+    handles = [line for line in handles if not str(line.get_label()).startswith("_")]
+    figure.legend(
+        handles,
+        [str(line.get_label()) for line in handles],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=SMALL,
+        frameon=False,
+    )
     _head(figure, [title])
     return figure
 
@@ -156,11 +165,10 @@ def _estimated(axis: Axes, fit: Fit, published: Fit | None, quantity: str, colou
     if np.isfinite(low).any():
         axis.fill_between(fit.t[at], low[at], high[at], color=colour, alpha=0.22, linewidth=0)
     if published is not None:
-        at = _thinned(len(published.t), 400)
-        values = getattr(published, quantity)[at]
-        axis.plot(
-            published.t[at], values, ":", color=colour, linewidth=0.8, alpha=0.8, label=f"{quantity}, as published"
-        )
+        shown, values = displayed(getattr(published, quantity))
+        at = _thinned(len(shown), 400)
+        label = f"{quantity}, as published"
+        axis.plot(published.t[shown][at], values[at], ":", color=colour, linewidth=0.9, alpha=0.8, label=label)
 
 
 def _measured_points(axis: Axes, found: Mapping[str, Any]) -> None:

@@ -96,8 +96,8 @@ class Training:
         return _thinning(self.steps, 500, 4000, 1000)
 
     def direct_schedule(self) -> Schedule:
-        """Every 250 steps, then every 600."""
-        return _thinning(self.steps, 250, 4000, 600)
+        """Every 250 steps, then every 600; on CIFAR-10 every 600."""
+        return _thinning(self.steps, 250 if self.data == "geomnist" else 600, 4000, 600)
 
     def seconds(self) -> tuple[float, float, float]:
         """CPU seconds to expect: of steps, of looks, of direct measurements."""
@@ -401,7 +401,7 @@ SIZES = {
         rates=(0.0, 0.4, 0.8),
         sized=16,
         sizes=((40, 10),),
-        cifar=Training("cifar10", n_train=0, n_validation=0, replicas=8, steps=8000, lr=0.001, probes=8, measured=1),
+        cifar=Training("cifar10", n_train=0, n_validation=0, replicas=8, steps=8000, lr=0.001, probes=8, measured=3),
         classes=(2, 3),
     ),
     "paper": Size(

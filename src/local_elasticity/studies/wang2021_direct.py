@@ -1,7 +1,8 @@
 """The matrix E measured by real steps during training, class mean by class mean (spec lesde 1.2; 8, last entry).
 
 A step on a sample of class l moves the mean of class k by E_kl H_kl Xbar^l on average: E_kl is the least-squares slope
-of the mean movement, over the tried samples of class l, on v = H_kl Xbar^l, pooled over networks. Regressing on every
+of the mean movement, over the tried samples of class l, on v = H_kl Xbar^l, pooled over networks, which are resampled
+for the intervals. Regressing on every
 sample's own output instead, as ``le.impact_matrix`` does, answers another question: within a class the samples that
 move the network most are those it gets wrong, whose outputs point the other way.
 """
@@ -94,6 +95,7 @@ def direct_matrix(record: Record, drift: Drift, n_boot: int = BOOTSTRAPS, seed: 
     networks = moved.shape[1]
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(networks, np.full(networks, 1 / networks), size=n_boot).astype(float)
+    weights[:] = weights if networks > 2 else np.nan  # two networks say nothing about how sure
 
     def pooled(w: Float[np.ndarray, "b networks"]) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
