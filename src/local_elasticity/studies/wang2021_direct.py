@@ -95,7 +95,8 @@ def direct_matrix(record: Record, drift: Drift, n_boot: int = BOOTSTRAPS, seed: 
     networks = moved.shape[1]
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(networks, np.full(networks, 1 / networks), size=n_boot).astype(float)
-    weights[:] = weights if networks > 2 else np.nan  # two networks say nothing about how sure
+    if networks < 3:
+        weights[:] = np.nan  # two networks say nothing about how sure
 
     def pooled(w: Float[np.ndarray, "b networks"]) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -114,9 +115,15 @@ def _products(
 ) -> tuple[Float[np.ndarray, "looks networks K K"], Float[np.ndarray, "looks networks K"]]:
     """<mean movement, v> and <v, v> of each network."""
     K = change.shape[3]
-    C = np.stack([change[:, :, labels == c].mean(axis=2) for c in range(K)], axis=3)  # looks, networks, k, l, p
+    C = mean_movements({"change": change, "labels": labels})
     v = np.stack([before[:, :, labels == c].mean(axis=2) for c in range(K)], axis=2)
     if drift == "logits":
         u = simplex(K)
         v = np.einsum("trlp,lp->trl", v, u)[..., None] * u
     return np.einsum("trklp,trlp->trkl", C, v), np.einsum("trlp,trlp->trl", v, v)
+
+
+def mean_movements(found: dict[str, np.ndarray]) -> Float[np.ndarray, "looks networks K K p"]:
+    """Mean movement of each class [k] by a step on each class [l]."""
+    change, labels = found["change"], found["labels"]
+    return np.stack([change[:, :, labels == c].mean(axis=2) for c in range(change.shape[3])], axis=3)
