@@ -1,5 +1,6 @@
 """The studies of the papers: one file each, and one line here."""
 
+from local_elasticity.studies.collapse_prediction import PREDICTION
 from local_elasticity.studies.dan2023_flows import FLOWS
 from local_elasticity.studies.dan2023_images import CIFAR10
 from local_elasticity.studies.dan2023_regression import REGRESSION
@@ -13,6 +14,7 @@ from local_elasticity.studies.wang2021_imitation import IMITATION
 from local_elasticity.studies.wang2021_size import SIZE
 
 STUDIES = {
+    "collapse-prediction": PREDICTION,
     "dan2023-cifar10": CIFAR10,
     "dan2023-flows": FLOWS,
     "dan2023-regression": REGRESSION,

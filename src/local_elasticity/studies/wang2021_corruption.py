@@ -294,8 +294,9 @@ class CorruptionStudy(EnsembleStudy):
         mark = [(CRITICAL, "2/3")]
         shaded = [(0.0, 1.0, "good"), (1.0, 2.0, "bad")]
         step, rate = "training step", "corruption rate p"
+        loss = curves["validation_loss"]
         content = [
-            Chart("a  validation loss", "loss", step, curves["validation_loss"], [(start, "at the start")], gradual=True),
+            Chart("a  validation loss", "loss", step, loss, [(start, "at the start")], gradual=True),
             Chart("b  validation accuracy", "accuracy", step, curves["validation_accuracy"], [(1 / 3, "chance")],
                   gradual=True),
             Chart("c  published tail index", "index (a level)", rate, published, marks=mark, shaded=shaded,

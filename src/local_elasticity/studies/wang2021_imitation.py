@@ -312,8 +312,8 @@ class ImitationStudy(EnsembleStudy):
         divisions = 20 if scale == "paper" else 8
         claims: list[Claim] = []
         notes = [
-            f"medians over {divisions} divisions of the networks in halves, [95 % of the divisions]; class means of the "
-            "probes; networks measured directly are always on the fitted side",
+            f"medians over {divisions} divisions of the networks in halves, [95 % of the divisions]; class means of "
+            "the probes; networks measured directly are always on the fitted side",
             f"published: {TRIALS} starts of mean 0, L-drift, window 21, one scalar of either sign from the last "
             "iterations of class 0; the others: nothing rescaled",
         ]

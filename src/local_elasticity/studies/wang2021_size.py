@@ -22,7 +22,7 @@ RANGE = (8.0, 9.0)
 
 
 def at_the_end(record: Record) -> np.ndarray:
-    """xbar of every network on the whole validation set after the last step."""
+    """Mean logit of the own class of every network on the whole validation set after the last step."""
     return own_logit(record.final["means"])
 
 
