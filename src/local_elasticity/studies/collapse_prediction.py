@@ -136,20 +136,21 @@ def predict(half: Half, model: Model, after: float, going: Going, seed: int = 0)
             for X in means
         ]
     )
-    variance = record.array("probe_variance")[few][:, half.judged].mean(axis=(0, 2, 3))
-    growth = 0.0 if going == "stop" else _noise_of(found, begin)
-    spread = variance[:, None] + growth * (t - begin)
+    spreads = record.array("probe_variance")[: now + 1][:, half.judged].mean(axis=(2, 3))  # looks, networks
+    growth = 0.0 if going == "stop" else _noise_of(record.probe_times[: now + 1], spreads)
+    spread = spreads[few].mean(axis=0)[:, None] + np.outer(np.broadcast_to(growth, len(half.judged)), t - begin)
     checked = np.isin(t, record.dataset["validation_step"].values)
     accuracy = np.full(spread.shape, np.nan)
     accuracy[:, checked] = _accuracy(paths[:, checked], spread[:, checked], seed)
     return Course(t, paths, spread, accuracy)
 
 
-def _noise_of(found: Fit, after: float) -> float:
-    """sigma^2 over the last fifth of what was seen; 0 where it is unknown."""
-    late = found.t >= after - 0.2 * (after - found.t[0])
-    known = found.sigma2[late]
-    return float(np.nanmean(known).clip(min=0)) if np.isfinite(known).any() else 0.0
+def _noise_of(t: np.ndarray, spreads: Float[np.ndarray, "looks networks"]) -> Float[np.ndarray, " networks"]:
+    """sigma^2 of each network: growth of its own variance over the last fifth of what was seen, at least 0."""
+    late = t >= t[-1] - 0.2 * (t[-1] - t[0])
+    late[-3:] = True
+    away = t[late] - t[late].mean()
+    return (away @ spreads[late] / (away @ away)).clip(min=0)
 
 
 def _accuracy(means: np.ndarray, variance: np.ndarray, seed: int, n: int = 300) -> np.ndarray:
@@ -228,6 +229,20 @@ def separability_foretold(name: str, after: float, seen: np.ndarray, said: np.nd
     )
 
 
+def plainly(table: dict[float, dict[tuple[str, str], dict[str, np.ndarray]]]) -> list[str]:
+    """Which ways foretell each measure best, and where none is better than no change."""
+    notes = []
+    for key in MEASURES:
+        words = []
+        for after, rows in table.items():
+            errs = {way: float(np.nanmean(e[key])) for way, e in rows.items()}
+            best = min(errs, key=lambda way: errs[way])
+            name = "none better than no change" if best[1] == "stop" else f"{NAMES[best[0]]}-model, {best[1]}"
+            words.append(f"t = {after:g}: {name} ({errs[best]:.3g}, no change {errs['logits', 'stop']:.3g})")
+        notes.append(f"{MEASURE_WORDS[key]}, smallest of all ways: {'; '.join(words)}")
+    return notes
+
+
 # --- the study -----------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +265,7 @@ class CollapseStudy(EnsembleStudy):
             describe(record),
             f"{len(half.fitted)} networks give the rates, {len(half.judged)} others are foretold, each from its state",
             *(f"{going}: {words}" for going, words in GOING_WORDS.items()),
+            "noise within classes goes on as each network's own variance grew over the last fifth",
         ]
         table: dict[float, dict[tuple[str, str], dict[str, np.ndarray]]] = {}
         shown: dict[float, Any] = {}
@@ -268,6 +284,7 @@ class CollapseStudy(EnsembleStudy):
                 + ", ".join(f"{MEASURE_WORDS[k]} {' '.join(mean_of(e[k]).words())}" for k in MEASURES)
                 for (m, g), e in table[after].items()
             ]
+        notes += plainly(table)
         (out / "errors.json").write_text(
             json.dumps(
                 {

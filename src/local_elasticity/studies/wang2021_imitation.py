@@ -32,6 +32,9 @@ from local_elasticity.studies.wang2021_reading import Seen, fit, of_draws
 Model = Literal["isotropic", "logits"]
 Path3 = Float[np.ndarray, "looks K K"]
 TRIALS = 500  # starts, as published
+TAIL = 1000  # iterations at the end by which the published scalar is fitted
+DIVERGED = 1e3  # relative error beyond which numbers say nothing
+WINDOW = 0.1  # share of the record whose class means are the start "window"
 LARGEST = 1e150  # beyond it a path is cut: its error says all there is to say
 METRICS = ("relative_rmse", "r2", "tail_cosine", "coverage", "coverage_network", "class_0")
 WORDS = {
@@ -121,26 +124,23 @@ def published(half: Half, model: Model) -> Simulated:
     sde = LESDE((t, rates[0]), (t, rates[1]), K, "logits", 0.0, start, kind="step")
     looked = np.minimum(half.times.astype(int), steps - 1)
     parts = []
+    last = min(TAIL, max(1, steps // 10))
     with np.errstate(over="ignore", invalid="ignore"):
         for batch in range(5):
-            paths = sde.sample(t, 1, TRIALS // 5, half.seed * 5 + batch, method="published")
-            last = min(WINDOWS_TAIL, max(1, steps // 10))
-            parts.append((paths[:, looked], paths[:, -last:, 0].mean(axis=1)))
+            drawn = sde.sample(t, 1, TRIALS // 5, half.seed * 5 + batch, method="published")
+            parts.append((drawn[:, looked], drawn[:, -last:, 0].mean(axis=1)))
         paths = np.clip(np.nan_to_num(np.concatenate([p for p, _ in parts])), -LARGEST, LARGEST)
         tails = np.clip(np.nan_to_num(np.concatenate([p for _, p in parts])), -LARGEST, LARGEST).mean(axis=0)
         logit = 1 if record.configuration["data"] == "geomnist" and model == "isotropic" else 0
-        data = found.class_means[-min(WINDOWS_TAIL, max(1, steps // 10)) :, 0, logit].mean()
+        data = found.class_means[-last:, 0, logit].mean()
         scalar = data / tails[logit] if tails[logit] else 0.0
     return Simulated(scalar * paths.mean(axis=0), paths.std(axis=0))  # the published bars are not rescaled
 
 
-WINDOWS_TAIL = 1000  # iterations at the end by which the scalar is fitted
-
-
 def estimated(half: Half, model: Model, start: Literal["measured", "window"]) -> Simulated:
-    """The estimated model from the class means at the first look, or at a window of looks chosen from the data."""
-    options = {"baseline_window": 1} if start == "measured" else {}
-    found = fit(half.record, model, "probes", replicas=half.fitted, n_boot=0, **options)
+    """The estimated model from the class means at the first look, or their mean over the first looks."""
+    looks = 1 if start == "measured" else max(2, int((half.times <= WINDOW * half.times[-1]).sum()))
+    found = fit(half.record, model, "probes", replicas=half.fitted, n_boot=0, baseline_window=looks)
     if np.isnan(found.A).all() or np.isnan(found.B).all():
         nothing = np.full(found.class_means.shape, np.nan)
         return Simulated(nothing, nothing)
@@ -260,6 +260,8 @@ def judge(record: Record, divisions: int) -> tuple[dict[str, dict[str, np.ndarra
 
 def over_divisions(values: Float[np.ndarray, " divisions"]) -> Seen:
     """Median over the divisions, and the range of 95 % of them."""
+    if np.isnan(values).all():
+        return Seen(float("nan"), float("nan"), float("nan"))
     return of_draws(float(np.nanmedian(values)), values)
 
 
@@ -315,7 +317,8 @@ class ImitationStudy(EnsembleStudy):
             f"medians over {divisions} divisions of the networks in halves, [95 % of the divisions]; class means of "
             "the probes; networks measured directly are always on the fitted side",
             f"published: {TRIALS} starts of mean 0, L-drift, window 21, one scalar of either sign from the last "
-            "iterations of class 0; the others: nothing rescaled",
+            f"iterations of class 0; the others: nothing rescaled, start: the first look, or the mean over the first "
+            f"{WINDOW:.0%} of the record",
         ]
         figures, numbers = {}, {}
         for record in records:
@@ -350,7 +353,7 @@ class ImitationStudy(EnsembleStudy):
         observed = half.observed()
         content = [
             Imitation(
-                f"{way}: error {over_divisions(found[way]['class_0']).words()[0]}",
+                f"{way}: {_short(found[way]['class_0'])}",
                 half.times,
                 observed[:, 0],
                 simulated.mean[:, 0],
@@ -363,7 +366,16 @@ class ImitationStudy(EnsembleStudy):
 
 
 def _row(rows: dict[str, np.ndarray]) -> str:
-    return "; ".join(f"{WORDS[key]} {' '.join(over_divisions(rows[key]).words())}" for key in METRICS)
+    if not np.nanmedian(rows["relative_rmse"]) < DIVERGED:
+        return f"diverges; tail cosine {' '.join(over_divisions(rows['tail_cosine']).words())}"
+    return "; ".join(
+        f"{WORDS[key]} {' '.join(over_divisions(rows[key]).words())}" for key in METRICS if np.isfinite(rows[key]).any()
+    )
+
+
+def _short(errors: np.ndarray) -> str:
+    seen = over_divisions(errors)
+    return f"error {seen.value:.2g}" if seen.value < DIVERGED else "diverges"
 
 
 def _or_inf(values: Sequence[float] | np.ndarray) -> float:

@@ -140,7 +140,7 @@ def late_share(found: Fit) -> Seen:
 
 def peak_of(found: Fit, start: float = 0.0) -> Seen:
     """Time at which alpha is largest after a time, with the quantiles over resamples."""
-    late = found.t >= start
+    late = found.t >= (start if start < found.t[-1] else found.t[0])
     inside = np.flatnonzero(late)[: max(1, late.sum() - found.window // 2)]
     draws = found.draws("alpha")
     peak = float(found.t[inside][np.argmax(found.alpha[inside])])
