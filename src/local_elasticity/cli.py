@@ -658,6 +658,7 @@ def reproduce(
     overwrite: bool = False,
     trainings: Path | None = None,
     train_only: bool = False,
+    only: Literal["geomnist", "cifar10"] | None = None,
 ) -> int:
     """Run a study of the papers and judge its claims; exit status 1 when a claim fails.
 
@@ -671,6 +672,7 @@ def reproduce(
         overwrite: throw away what is already there.
         trainings: for studies of ensembles: a folder of trainings to share; else those of neighbouring studies are.
         train_only: for studies of ensembles: stop after the trainings.
+        only: for studies of ensembles: one of their data sets.
     """
     from local_elasticity.studies import STUDIES
 
@@ -682,10 +684,10 @@ def reproduce(
         raise InputError(expected="a study", got=repr(name), do=nearest(name, STUDIES))
     study, place = STUDIES[name], out or Path("runs") / f"{name}-{scale}"
     if getattr(study, "trains", False):
-        return study.run(scale, place, overwrite=overwrite, trainings=trainings, train_only=train_only)
-    if trainings is not None or train_only:
+        return study.run(scale, place, overwrite=overwrite, trainings=trainings, train_only=train_only, only=only)
+    if trainings is not None or train_only or only:
         raise InputError(
-            expected="a study of ensembles", got=f"{name} with --trainings or --train-only", do="leave these out"
+            expected="a study of ensembles", got=f"{name} with --trainings, --train-only or --only", do="leave it out"
         )
     return study.run(scale, place, overwrite=overwrite)
 

@@ -29,16 +29,16 @@ from local_elasticity.studies.wang2021_reading import (
 from local_elasticity.studies.wang2021_size import SIZE
 
 GEOMNIST = Training(
-    n_train=30, n_validation=12, replicas=8, steps=160, lr=0.02, probes=4, checked=4, measured=3, sources=2
+    n_train=30, n_validation=12, replicas=6, steps=96, lr=0.03, probes=4, checked=4, measured=3, sources=2
 )
 TINY = Size(
     geomnist=GEOMNIST,
-    corrupted=6,
+    corrupted=4,
     rates=(0.0, 0.4, 0.8),
-    sized=6,
+    sized=4,
     sizes=((12, 6),),
     cifar=Training(
-        "cifar10", n_train=0, n_validation=0, replicas=8, steps=80, lr=0.01, probes=4, checked=4, measured=3, sources=2
+        "cifar10", n_train=0, n_validation=0, replicas=6, steps=60, lr=0.01, probes=4, checked=4, measured=3, sources=2
     ),
     classes=(2, 3),
 )
@@ -115,7 +115,7 @@ def test_killed_training_goes_on_to_the_same_numbers(tmp_path, clean, monkeypatc
         look = real(*arguments)
 
         def until(step, made):
-            if step >= 96:
+            if step >= 63:
                 raise KeyboardInterrupt
             look(step, made)
 
@@ -146,7 +146,7 @@ def test_complete_trainings_are_found_beside_and_not_trained_again(tmp_path, tra
 
     monkeypatch.setattr(wang2021, "train_ensemble", never)
     records = trained([GEOMNIST], tmp_path / "study")
-    assert records[0].logits.shape == (160, 8, 3)
+    assert records[0].logits.shape == (96, 6, 3)
     with pytest.raises(InputError, match="probes"):
         trained([replace(GEOMNIST, probes=5)], tmp_path / "study")
 
@@ -203,9 +203,9 @@ def test_separation_and_modes_of_known_configurations():
 def test_fit_of_a_record_is_estimate_of_its_arrays(clean):
     import local_elasticity as le
 
-    some = np.array([0, 2, 5])
-    ours = fit(clean, "isotropic", replicas=some, until=100, n_boot=0)
-    keep = clean.probe_times <= 100
+    some = np.array([0, 2, 4])
+    ours = fit(clean, "isotropic", replicas=some, until=70, n_boot=0)
+    keep = clean.probe_times <= 70
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdentifiabilityWarning)
         theirs = le.estimate(clean.probe_means[some][:, keep], clean.probe_times[keep], "isotropic", n_boot=0)
@@ -258,9 +258,9 @@ def test_two_networks_give_no_interval():
 def test_halves_divide_and_keep_the_measured_on_the_fitted_side(clean):
     for seed in range(5):
         half = halves(clean, seed)
-        assert sorted([*half.fitted, *half.judged]) == list(range(8))
+        assert sorted([*half.fitted, *half.judged]) == list(range(6))
         assert set(half.fitted) >= {0, 1, 2}
-        assert len(half.judged) == 4
+        assert len(half.judged) == 3
     assert any(not np.array_equal(halves(clean, 0).judged, halves(clean, s).judged) for s in range(1, 5))
 
 
@@ -269,8 +269,8 @@ def test_published_imitation_takes_scale_and_sign_from_the_data(clean):
     half = halves(clean, 0)
     simulated = published(half, "logits")
     data = fit(clean, "logits", "log", estimator="published", replicas=half.fitted, n_boot=0).class_means
-    tail = data[-16:, 0, 0].mean()
-    late = half.times >= clean.logits.shape[0] - 16
+    tail = data[-9:, 0, 0].mean()
+    late = half.times >= clean.logits.shape[0] - 9
     assert np.sign(simulated.mean[late, 0, 0].mean()) == np.sign(tail)
     assert abs(simulated.mean[late, 0, 0].mean() / tail - 1) < 0.5
 
@@ -316,8 +316,22 @@ END_TO_END = {
 }
 
 
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Every figure is drawn, small and without a layout, which takes most of the time."""
+    from local_elasticity.report import figures
+
+    def save(figure, folder, name):
+        figure.set_layout_engine("none")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=40)
+        return [folder / f"{name}.png"]
+
+    monkeypatch.setattr(figures, "save", save)
+
+
 @pytest.mark.parametrize("name", END_TO_END)
-def test_study_runs_end_to_end_on_shared_trainings(name, trainings, tmp_path, monkeypatch):
+def test_study_runs_end_to_end_on_shared_trainings(name, trainings, tmp_path, monkeypatch, quick_figures):
     study, figures = END_TO_END[name]
     assert STUDIES[name] is study
 
@@ -332,6 +346,5 @@ def test_study_runs_end_to_end_on_shared_trainings(name, trainings, tmp_path, mo
     assert verdicts <= {"holds", "fails", "not judged"}
     assert status == int("fails" in verdicts)
     assert {path.stem for path in (tmp_path / name / "figures").glob("*.png")} == figures
-    assert study.run_at(TINY, "tiny", tmp_path / name, trainings=trainings) == status
     with pytest.raises(InputError):
         study.run_at(TINY, "other", tmp_path / name, trainings=trainings)

@@ -104,9 +104,9 @@ def _projections(axis: Axes, one: Dynamics) -> None:
     nu = nu / np.linalg.norm(nu)
     for k, name in enumerate(one.class_names):
         style = {"color": CLASS_COLOURS[k], "linestyle": CLASS_LINES[k]}
-        for t, logits, labels in zip(one.sample_times, one.samples, one.labels, strict=True):
-            values = logits[labels == k] @ nu
-            axis.plot(np.full(len(values), t), values, ".", color=CLASS_COLOURS[k], markersize=1.2, alpha=0.35)
+        own = one.labels == k
+        times = np.broadcast_to(one.sample_times[:, None], own.shape)[own]
+        axis.plot(times, one.samples[own] @ nu, ".", color=CLASS_COLOURS[k], markersize=1.2, alpha=0.35)
         axis.plot(one.times, one.means[:, k] @ nu, **style, linewidth=1.5, label=name)
     axis.set_title(f"along class {a} - class {b}", fontsize=NORMAL)
     _finish(axis, "projection of logits", log=False)

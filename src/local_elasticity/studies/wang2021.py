@@ -294,6 +294,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._read: dict[str, np.ndarray] = {}
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -310,7 +311,7 @@ class Record:
         """K."""
         return int(self.configuration["n_classes"])
 
-    @property
+    @cached_property
     def sound(self) -> Int64[np.ndarray, " n"]:
         """The replicas that did not diverge."""
         return np.flatnonzero(self.dataset["diverged"].values < 0)
@@ -323,7 +324,9 @@ class Record:
 
     def array(self, name: str) -> np.ndarray:
         """A variable of the log, (time, sound replicas, ...)."""
-        return np.asarray(self.dataset[name].values)[:, self.sound]
+        if name not in self._read:
+            self._read[name] = np.asarray(self.dataset[name].values)[:, self.sound]
+        return self._read[name]
 
     @cached_property
     def logits(self) -> Float[np.ndarray, "steps replicas K"]:
@@ -444,7 +447,13 @@ class EnsembleStudy(ABC):
         """Analyse, judge, draw; 1 when a claim fails."""
 
     def run(
-        self, scale: str, out: Path, overwrite: bool = False, trainings: Path | None = None, train_only: bool = False
+        self,
+        scale: str,
+        out: Path,
+        overwrite: bool = False,
+        trainings: Path | None = None,
+        train_only: bool = False,
+        only: str | None = None,
     ) -> int:
         """Train what is not there yet, analyse, judge and draw.
 
@@ -454,11 +463,12 @@ class EnsembleStudy(ABC):
             overwrite: throw away what is there, its own trainings included.
             trainings: folder where trainings are looked for, and go, instead of ``out / "training"``.
             train_only: stop after the trainings.
+            only: one of the data sets, "geomnist" or "cifar10".
 
         Returns:
             1 when a claim fails, else 0.
         """
-        return self.run_at(SIZES[scale], scale, out, overwrite, trainings, train_only)
+        return self.run_at(SIZES[scale], scale, out, overwrite, trainings, train_only, only)
 
     def run_at(
         self,
@@ -468,9 +478,17 @@ class EnsembleStudy(ABC):
         overwrite: bool = False,
         trainings: Path | None = None,
         train_only: bool = False,
+        only: str | None = None,
     ) -> int:
         """As ``run``, with the sizes given."""
-        wanted = self.needs(size)
+        needed = self.needs(size)
+        wanted = [training for training in needed if only in (None, training.data)]
+        if not wanted:
+            raise InputError(
+                expected=f"one of its data sets: {sorted({training.data for training in needed})}",
+                got=repr(only),
+                do="leave --only out",
+            )
         prepare_folder(
             out, {"study": self.title, "scale": scale, "trainings": [training.name for training in wanted]}, overwrite
         )

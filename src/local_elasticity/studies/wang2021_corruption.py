@@ -83,7 +83,7 @@ def _at_the_end(rates: Sequence[Rate], claim: Claim) -> Claim:
 def index_rises(rates: Sequence[Rate]) -> Claim:
     """C5: the published tail index of alpha does not fall from rate to rate up to .6."""
     chosen = [one for one in rates if one.rate <= 0.6 + 1e-9]
-    draws = np.stack([one.tails["official", "alpha"] for one in chosen], axis=1)
+    draws = _together([one.tails["official", "alpha"] for one in chosen])
     steps = np.diff(draws, axis=1).min(axis=1) if len(chosen) > 1 else np.full(len(draws), np.nan)
     smallest = of_draws(float(steps[0]), steps[1:])
     values = ", ".join(f"{one.exponent('official').value:.3f}" for one in chosen)
@@ -180,7 +180,7 @@ def located_by(rates: Sequence[Rate], seed: int = 0) -> dict[str, Seen]:
     ):
         for quantity in ("alpha", "gap"):
             name = "alpha" if quantity == "alpha" else "alpha - beta"
-            draws = np.stack([one.tails[method, quantity] for one in rates], axis=1)
+            draws = _together([one.tails[method, quantity] for one in rates])
             add(f"{words} of {name} = 1", crossing(p, draws, 1.0))
     final = [one.record.final for one in rates]
     add("validation accuracy = 1/3", crossing(p, resampled_means([f["accuracy"] for f in final], seed), 1 / 3))
@@ -191,6 +191,12 @@ def located_by(rates: Sequence[Rate], seed: int = 0) -> dict[str, Seen]:
     apart = resampled_means([separation(f["means"], f["variances"]) for f in final], seed)
     add("separation S at the end, lowest", lowest(p, apart))
     return found
+
+
+def _together(columns: Sequence[Float[np.ndarray, " b"]]) -> Float[np.ndarray, "b rates"]:
+    """Side by side; a rate with fewer resamples, since some of them lacked a class, shortens all."""
+    length = min(map(len, columns))
+    return np.stack([column[:length] for column in columns], axis=1)
 
 
 # --- the study -----------------------------------------------------------------------------------------------------

@@ -185,10 +185,11 @@ class DynamicsStudy(EnsembleStudy):
                 published = fit(record, model, "log", estimator="published", window=published_window(record))
                 rows.append((f"{name_of(record)}, {NAMES[model]}-model", found, published))
                 claims += [elastic_in_the_rise(record, found), dies_out(record, found)]
-                if model == "isotropic" and at == 0:
+                data = record.configuration["data"]
+                if model == "isotropic" and data == "geomnist":
                     claims += starts_as_published(record, published) + ends_as_published(record, published)
-                if model == "isotropic" and at == 1:
-                    claims += slower_on_cifar(fits[0, "isotropic"], record, found, published)
+                if model == "isotropic" and data == "cifar10":
+                    claims += slower_on_cifar(fits[0, "isotropic"] if at else None, record, found, published)
                 notes += self._estimates(record, found, published)
             for drift in DIRECT_FORMS:
                 matrix = direct_matrix(record, drift)

@@ -311,7 +311,7 @@ class ImitationStudy(EnsembleStudy):
 
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
-        divisions = 20 if scale == "paper" else 8
+        divisions = {"paper": 20, "small": 8}.get(scale, 3)
         claims: list[Claim] = []
         notes = [
             f"medians over {divisions} divisions of the networks in halves, [95 % of the divisions]; class means of "

@@ -58,7 +58,7 @@ def band_of(values: Float[np.ndarray, "replicas ..."]) -> tuple[np.ndarray, np.n
 def of_draws(value: float, draws: Float[np.ndarray, " b"]) -> Seen:
     """A number with the percentiles of its resamples; no interval where a tenth of them are undefined."""
     known = draws[np.isfinite(draws)]
-    if len(known) < 0.9 * len(draws) or not len(known):
+    if len(known) < 0.9 * len(draws) or len(known) < 2:
         return Seen(value, float("nan"), float("nan"))
     low, high = np.quantile(known, [0.025, 0.975])
     return Seen(value, float(low), float(high))
