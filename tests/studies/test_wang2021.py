@@ -29,7 +29,7 @@ from local_elasticity.studies.wang2021_reading import (
 from local_elasticity.studies.wang2021_size import SIZE
 
 GEOMNIST = Training(
-    n_train=30, n_validation=12, replicas=6, steps=96, lr=0.03, probes=4, checked=4, measured=3, sources=2
+    n_train=30, n_validation=12, replicas=8, steps=96, lr=0.03, probes=4, checked=4, measured=3, sources=2
 )
 TINY = Size(
     geomnist=GEOMNIST,
@@ -128,6 +128,7 @@ def test_killed_training_goes_on_to_the_same_numbers(tmp_path, clean, monkeypatc
     assert not complete(place)
     assert 0 < json.loads((place / "progress.json").read_text())["step"] < GEOMNIST.steps
     monkeypatch.setattr(wang2021, "_measuring", real)
+    monkeypatch.setattr(ensemble, "_CHECKPOINT_SECONDS", 30.0)
     record = train(GEOMNIST, tmp_path)
     assert complete(place)
     np.testing.assert_array_equal(record.logits, clean.logits)
@@ -146,7 +147,7 @@ def test_complete_trainings_are_found_beside_and_not_trained_again(tmp_path, tra
 
     monkeypatch.setattr(wang2021, "train_ensemble", never)
     records = trained([GEOMNIST], tmp_path / "study")
-    assert records[0].logits.shape == (96, 6, 3)
+    assert records[0].logits.shape == (96, 8, 3)
     with pytest.raises(InputError, match="probes"):
         trained([replace(GEOMNIST, probes=5)], tmp_path / "study")
 
@@ -258,9 +259,9 @@ def test_two_networks_give_no_interval():
 def test_halves_divide_and_keep_the_measured_on_the_fitted_side(clean):
     for seed in range(5):
         half = halves(clean, seed)
-        assert sorted([*half.fitted, *half.judged]) == list(range(6))
+        assert sorted([*half.fitted, *half.judged]) == list(range(8))
         assert set(half.fitted) >= {0, 1, 2}
-        assert len(half.judged) == 3
+        assert len(half.judged) == 4
     assert any(not np.array_equal(halves(clean, 0).judged, halves(clean, s).judged) for s in range(1, 5))
 
 

@@ -285,11 +285,11 @@ def logits_better(
     )
 
 
-def imitates(name: str, found: dict[str, dict[str, np.ndarray]]) -> Claim:
+def imitates(name: str, found: dict[str, dict[str, np.ndarray]], model: Model) -> Claim:
     """The paper's main statement, with a number: most of what class means do is explained on other networks."""
-    seen = over_divisions(found[HONEST["logits"]]["r2"])
+    seen = over_divisions(found[HONEST[model]]["r2"])
     return Claim(
-        f"{name}: the L-model imitates class means, nothing rescaled",
+        f"{name}: the {NAMES[model]}-model imitates class means, nothing rescaled",
         "R² on networks that it was not estimated from above .9",
         *seen.words(),
         judged(seen.value > 0.9),
@@ -327,7 +327,8 @@ class ImitationStudy(EnsembleStudy):
             claims += [
                 logits_better(name, found, PUBLISHED, "as published, class 0", "class_0"),
                 logits_better(name, found, HONEST, "honestly", "relative_rmse"),
-                imitates(name, found),
+                imitates(name, found, "isotropic"),
+                imitates(name, found, "logits"),
             ]
             notes.append(describe(record))
             notes += [f"{name}: {way}: {_row(rows)}" for way, rows in found.items()]
