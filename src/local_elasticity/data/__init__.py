@@ -15,6 +15,7 @@ from local_elasticity.data.images import NORMALISATION, AugmentOnce, LabelledIma
 from local_elasticity.data.matlab import svhn
 from local_elasticity.data.probing import Probes, probes
 from local_elasticity.data.sets import READERS, catalogue, load
+from local_elasticity.data.splits import load_split
 from local_elasticity.data.subsets import cifar10_subset
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "geomnist",
     "image_folder",
     "load",
+    "load_split",
     "mnist",
     "probes",
     "search_folders",

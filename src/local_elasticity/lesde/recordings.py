@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 
 from local_elasticity.errors import InputError
 from local_elasticity.runs import locate, open_run
+from local_elasticity.training.recording import is_ensemble, open_ensemble
 
 SIMULATION = "simulation.npz"
 FORMS = (
-    "a run (its class means over the steps), the folder of a simulation, or a .npz file with class_means (T, K, p) or "
-    "(trials, T, K, p), "
+    "a run (its class means over the steps), the folder of an ensemble or of a simulation, or a .npz file with "
+    "class_means (T, K, p) or (trials, T, K, p), "
     "or with logits (T, trials, K) and labels (T, trials); t (T,) beside them is optional"
 )
 
@@ -48,10 +50,47 @@ def read_recording(path: str | Path) -> Recording:
         return _npz(path)
     if (path / SIMULATION).is_file():
         return _npz(path / SIMULATION)
+    if is_ensemble(path):
+        return _ensemble(path)
     if locate(path) is None:
         what = "something else" if path.exists() else "nothing"
         raise InputError(expected=FORMS, got=f"{what} at {path}", do="check the path")
     return _run(path)
+
+
+def _ensemble(path: Path) -> Recording:
+    """The log of an ensemble: at every step the logits of one sample a replica (spec lesde 3.2).
+
+    Of a batch the mean over its samples of a class would weigh replicas unequally: every sample counts by itself.
+    Replicas that diverged are left out. Without a log there are the class means of the probes.
+    """
+    data = open_ensemble(path)
+    settings = json.loads(data.attrs["settings"])
+    kept = data["diverged"].values < 0
+    gone = f", {int((~kept).sum())} that diverged left out" if not kept.all() else ""
+    names = (settings.get("configuration") or {}).get("class_names")
+    if "logits" in data and data.sizes["step"]:
+        labels = data["labels"].values[:, kept]
+        if labels.dtype.kind not in "iu":
+            raise InputError(expected=FORMS, got=f"an ensemble without classes at {path}", do="train on classes")
+        logits = data["logits"].values[:, kept].reshape(len(labels), -1, data.sizes["output"])
+        found: dict[str, Any] = {"logits": logits, "labels": labels.reshape(len(labels), -1)}
+        found["t"] = data["step"].values.astype(float)
+        K, square = int(labels.max()) + 1, True
+        each = f", {labels.shape[2]} samples a step" if labels.ndim == 3 else ""
+        words = f"{int(kept.sum())} replicas{gone}, {len(labels)} steps{each}"
+        K = max(K, logits.shape[-1]) if logits.shape[-1] > 1 else K
+        square = logits.shape[-1] == K
+    elif "probe_mean" in data and data.sizes["probe_step"] > 1:
+        means = data["probe_mean"].transpose("replica", "probe_step", "class", "output").values[kept]
+        found = {"class_means": means, "t": data["probe_step"].values.astype(float)}
+        found["within_variance"] = data["probe_variance"].values[:, kept].mean(axis=(1, 3))
+        K, square = means.shape[2], means.shape[2] == means.shape[3]
+        words = f"{int(kept.sum())} replicas{gone}, class means of the probes at {means.shape[1]} times"
+    else:
+        raise InputError(expected=FORMS, got=f"an ensemble without a log at {path}", do="train with a log or probes")
+    named = tuple(str(name) for name in names) if names and len(names) == K else tuple(str(k) for k in range(K))
+    return Recording(f"ensemble {path}: {words}", found, named, square)
 
 
 def _run(path: Path) -> Recording:

@@ -5,7 +5,8 @@ from local_elasticity.training.recording import open_ensemble
 from local_elasticity.training.schedule import Schedule, at, budget, every, log_spaced
 from local_elasticity.training.tracker import Look, Tracker
 
-__all__ = ["Ensemble",
+__all__ = [
+    "Ensemble",
     "Look",
     "Schedule",
     "Tracker",

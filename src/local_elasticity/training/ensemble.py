@@ -44,8 +44,9 @@ Pair = tuple[Tensor, Tensor]
 TrackerMaker = Callable[[nn.Module, "bool | int"], "Tracker"]
 _WEIGHTS, _ORDER, _STREAM = 0, 1, 2  # what a random stream is for
 _DRAWN = 1024  # steps of one draw of samples; any step can be reached without the ones before
-_CHUNK_BYTES = 2**23
+_CHUNK_BYTES = 6 * 2**20
 _CHECKPOINT_SECONDS = 30.0
+_PILOT = 20  # steps before the estimate of the rest
 
 
 @dataclass(frozen=True)
@@ -380,33 +381,40 @@ class _Session:
                 ensemble._map = executor.map
             if ensemble.step == 0:
                 self._look()
-            for count, stop in enumerate(s for s in stops if s > ensemble.step):
+            began, told = ensemble.step, not progress
+            for stop in (s for s in stops if s > began):
                 started, before = time.perf_counter(), ensemble.step
                 self._advance(stop)
                 self.training += time.perf_counter() - started
                 self._look()
                 bar.advance(stop - before)
-                if count == 0 and stop < last:
-                    each = (time.perf_counter() - started) / (stop - before)
-                    bar.estimate(each * (last - stop))
-                if self.recording is not None and (
-                    stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS
-                ):
+                if not told and stop >= min(began + _PILOT, last):
+                    told = True
+                    bar.estimate(self._left(began, last))
+                if self.recording is not None and (stop == last or time.perf_counter() - saved > _CHECKPOINT_SECONDS):
                     self.recording.save(ensemble, self.routes)
                     saved = time.perf_counter()
-        if self.recording is not None and ensemble.step >= last:
+        if self.recording is not None and self.recording.written < ensemble.step:
             self.recording.save(ensemble, self.routes)
         plan, ensemble._map = ensemble.plan, map
         ensemble.plan = Plan(plan.route, plan.chunk_size, plan.threads, self.training, self.looking)
         if ensemble.step == ensemble.steps:
             ensemble.runs = {position: tracker.finish() for position, (_, tracker, _) in self.trackers.items()}
 
+    def _left(self, began: int, last: int) -> float:
+        """Seconds to the end, by what steps and looks took so far."""
+        step = self.ensemble.step
+        looks = np.concatenate([self.checking.times, self.probing.times, np.array(sorted(self.calls), dtype=int)])
+        done = int(((looks > began) & (looks <= step)).sum()) + (began == 0) * int((looks == 0).sum())
+        left = int(((looks > step) & (looks <= last)).sum())
+        return self.training / (step - began) * (last - step) + self.looking / max(done, 1) * left
+
     def _stops(self, last: int) -> list[int]:
         looks = {*self.checking.times.tolist(), *self.probing.times.tolist(), *self.calls}
         for _, _, due_here in self.trackers.values():
             looks |= due_here
         start = self.ensemble.step
-        looks |= set(range(start - start % BLOCK + BLOCK, last, BLOCK)) | {min(start + 20, last), last}
+        looks |= set(range(start - start % BLOCK + BLOCK, last, BLOCK)) | {min(start + _PILOT, last), last}
         return sorted(stop for stop in looks if start <= stop <= last)
 
     def _advance(self, stop: int) -> None:
@@ -455,28 +463,41 @@ class _Session:
 
     def _probe(self, row: int) -> None:
         x, y = self.probing.pair
-        outputs, log = self.ensemble.outputs(x).double(), self.ensemble.log
+        features, log = self._features(x), self.ensemble.log
+        outputs = features["outputs"].double()
         for label in range(log["probe_mean"].shape[2]):
             own = outputs[:, y == label]
             log["probe_mean"][row, :, label] = own.mean(dim=1).cpu().numpy()
             if own.shape[1] > 1:
                 log["probe_variance"][row, :, label] = own.var(dim=1).cpu().numpy()
-        self._collapse(row, x, y, outputs)
+        self._collapse(row, y, features)
 
-    def _collapse(self, row: int, x: Tensor, y: Tensor, outputs: Tensor) -> None:
+    def _features(self, x: Tensor) -> dict[str, Float[Tensor, "replicas samples features"]]:
+        """What every replica's outputs and the layers asked for say of the samples, in one forward pass."""
         ensemble = self.ensemble
         names = ensemble.layers[1:]
-        model = copy.deepcopy(ensemble._template) if names else None
+        if not names:
+            return {"outputs": ensemble.outputs(x)}
+        model, seen = copy.deepcopy(ensemble._template).eval(), []
+        for position in range(len(ensemble.replicas)):
+            _load(model, ensemble.weights, ensemble.buffers, position)
+            with _output_of(model) as out:
+                layers = layer_outputs(model, x, names)
+            seen.append({"outputs": _rows(out[0]), **layers})
+        return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
+
+    def _collapse(self, row: int, y: Tensor, features: Mapping[str, Tensor]) -> None:
+        ensemble = self.ensemble
         n_classes = int(y.max()) + 1
-        for position, out in enumerate(outputs):
-            features = {"outputs": out}
-            if model is not None:
-                _load(model, ensemble.weights, ensemble.buffers, position)
-                features |= layer_outputs(model, x, names)
-            for place, name in enumerate(ensemble.layers):
-                if not bool(torch.isfinite(features[name]).all()):
+        for place, name in enumerate(ensemble.layers):
+            for position, one in enumerate(features[name]):
+                if not bool(torch.isfinite(one).all()):
                     continue
-                for key, value in metrics(features[name], y, n_classes=n_classes).items():
+                try:
+                    found = metrics(one, y, n_classes=n_classes)
+                except np.linalg.LinAlgError:  # on its way to infinity: finite still, but not its squares
+                    continue
+                for key, value in found.items():
                     ensemble.log[key][row, position, place] = value
 
 
@@ -778,6 +799,17 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str,
             parameter.copy_(weights[name][position])
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name][position])
+
+
+@contextmanager
+def _output_of(model: nn.Module) -> Any:
+    """A list that the model's output is put into."""
+    found: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, arguments, output: found.append(output.detach()))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _rows(outputs: Tensor) -> Tensor:

@@ -83,10 +83,22 @@ class EnsembleStore:
     def _create(self, settings: dict[str, Any], ensemble: Ensemble) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.folder / ARRAYS, ignore_errors=True)
+        import zarr
+
+        dataset = as_dataset(ensemble.log, ensemble.times, ensemble.replicas, ensemble.layers, ensemble.diverged, 0)
         with quiet():
-            as_dataset(
-                ensemble.log, ensemble.times, ensemble.replicas, ensemble.layers, ensemble.diverged, 0
-            ).to_zarr(self.folder / ARRAYS, mode="w", encoding=_encoding(ensemble.log), consolidated=True)
+            dataset.drop_vars(ensemble.log).to_zarr(self.folder / ARRAYS, mode="w", consolidated=False)
+            group = zarr.open_group(self.folder / ARRAYS, mode="r+")
+            for name, values in ensemble.log.items():  # rows that were not reached take no room
+                group.create_array(
+                    name,
+                    shape=values.shape,
+                    chunks=(min(BLOCK, len(values)), *values.shape[1:]),
+                    dtype=values.dtype,
+                    fill_value=np.nan if values.dtype.kind == "f" else -1,
+                    dimension_names=_dims(name, values, _batched(ensemble.log)),
+                )
+            zarr.consolidate_metadata(group.store)
         note = {
             "format": FORMAT,
             "settings": settings,
@@ -158,6 +170,12 @@ def is_ensemble(path: str | Path) -> bool:
     return stored is not None and stored.get("format") == FORMAT
 
 
+def overwrite_ensemble(path: str | Path) -> None:
+    """Remove the folder of an ensemble; anything else stays."""
+    if is_ensemble(path):
+        shutil.rmtree(path)
+
+
 def open_ensemble(path: str | Path) -> xr.Dataset:
     """The log of an ensemble on disk, as far as it is committed.
 
@@ -201,7 +219,7 @@ def as_dataset(
 
     variables: dict[str, Any] = {"diverged": (("replica",), diverged)}
     for name, values in log.items():
-        variables[name] = (_dims(name, values), values)
+        variables[name] = (_dims(name, values, _batched(log)), values)
     coords: dict[str, Any] = {"replica": np.array(replicas)}
     if "logits" in log:
         coords["step"] = np.arange(len(log["logits"]))
@@ -213,21 +231,19 @@ def as_dataset(
     return xr.Dataset(variables, coords=coords, attrs={"format": FORMAT, "updates": step})
 
 
-def _dims(name: str, values: np.ndarray) -> tuple[str, ...]:
+def _batched(log: Mapping[str, np.ndarray]) -> bool:
+    return "samples" in log and log["samples"].ndim == 3
+
+
+def _dims(name: str, values: np.ndarray, batched: bool) -> tuple[str, ...]:
     if name in PER_STEP:
-        last = ("output",) if name == "logits" else ()
-        middle = values.ndim - 2 - len(last)
-        words = "label" if values.dtype.kind == "f" else "sample"
-        return ("step", "replica", *(f"{words}_{i}" if i else words for i in range(middle)), *last)
+        batch = ("sample",) if batched and name != "losses" else ()
+        rest = values.ndim - 2 - len(batch)
+        last = ("output",) if name == "logits" or rest == 1 else tuple(f"target_{i}" for i in range(rest))
+        return ("step", "replica", *batch, *last[:rest])
     if name.startswith("validation"):
         return ("validation_step", "replica")
     return ("probe_step", "replica", *(("class", "output") if values.ndim == 4 else ("layer",)))
-
-
-def _encoding(log: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {
-        name: {"chunks": (min(BLOCK, len(values)), *values.shape[1:])} for name, values in log.items() if values.size
-    }
 
 
 def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

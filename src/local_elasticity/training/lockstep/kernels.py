@@ -166,6 +166,73 @@ class Conv2d(Kernel):
         return below
 
 
+class PooledConv2d(Conv2d):
+    """A first layer and the 2 x 2 maximum after it: one kernel, for places in the order of the pooling.
+
+    The four places of every window lie in four blocks, so that the maximum is one of whole blocks. The training set
+    is cut into such blocks once (`blocks`); the layer has no input gradient to give.
+    """
+
+    @staticmethod
+    def fits(first: Kernel, second: Kernel, x: Float[Tensor, "samples channels height width"]) -> bool:
+        """Whether two layers are a plain convolution and a pooling that leaves out no place."""
+        if type(first) is not Conv2d or not isinstance(second, MaxPool2d) or x.dim() != 4 or not second.pairs:
+            return False
+        conv = first.module
+        (kh, kw), (ph, pw) = conv.kernel_size, conv.padding
+        high, wide = x.shape[2] + 2 * ph - kh + 1, x.shape[3] + 2 * pw - kw + 1
+        return conv.stride == conv.dilation == (1, 1) and not high % 2 and not wide % 2
+
+    def blocks(self, x: Float[Tensor, "samples channels height width"]) -> Float[Tensor, "samples c s t h w"]:
+        """Pixels (2 i + s, 2 j + t) of every sample, all i and j in one block."""
+        (kh, kw), (ph, pw) = self.module.kernel_size, self.module.padding
+        x = torch.nn.functional.pad(x, (pw, pw, ph, ph)).contiguous()
+        n, c, h, w = x.shape
+        shape = (n, c, kh + 1, kw + 1, (h - kh + 1) // 2, (w - kw + 1) // 2)
+        a, b, d, e = x.stride()
+        return x.as_strided(shape, (a, b, d, e, 2 * d, 2 * e)).contiguous()
+
+    def pooled(self, x: Float[Tensor, "replicas batch c s t h w"]) -> Images:
+        """The largest output of every window."""
+        replicas, batch, channels, _, _, high, wide = x.shape
+        kh, kw = self.module.kernel_size
+        r, n, c, s, t, h, w = x.stride()
+        columns = self.room("columns", (replicas, channels, kh, kw, 2, 2, batch, high, wide), x)
+        columns.copy_(x.as_strided(columns.shape, (r, c, s, t, s, t, n, h, w), x.storage_offset()))
+        self.columns = columns.view(replicas, channels * kh * kw, -1)
+        weight, bias = self.parameters["weight"].flatten(2), self.parameters.get("bias")
+        y = self.room("y", (*weight.shape[:2], self.columns.shape[2]), x)
+        if bias is None:
+            torch.bmm(weight, self.columns, out=y)
+        else:
+            torch.baddbmm(bias.unsqueeze(2), weight, self.columns, out=y)
+        self.blocked = y.view(*y.shape[:2], 4, -1)
+        one, two, three, four = self.blocked.unbind(2)
+        top, bottom = torch.maximum(one, two), torch.maximum(three, four)
+        self.where = bottom > top, two > one, four > three
+        return torch.maximum(top, bottom).view(*y.shape[:2], batch, high, wide)
+
+    def forward(self, x: Tensor, keep: bool) -> Images:
+        """As ``pooled``: samples come cut into blocks."""
+        return self.pooled(x)
+
+    def backward(self, gradient: Images, optimizer: StackedOptimizer, wanted: bool) -> None:
+        """The gradient where the maximum was (a tie goes to the first), times the patches."""
+        flat = gradient.flatten(2)
+        lower, second, fourth = self.where
+        below = flat * lower
+        above = flat - below
+        parts = self.blocked.unbind(2)
+        for (first, other), part, mask in ((parts[:2], above, second), (parts[2:], below, fourth)):
+            torch.mul(part, mask, out=other)
+            torch.sub(part, other, out=first)
+        if "weight" in self.trained:
+            slope = torch.bmm(self.blocked.flatten(2), self.columns.transpose(1, 2))
+            optimizer.dense(self.name("weight"), slope.view(self.parameters["weight"].shape))
+        if "bias" in self.trained:
+            optimizer.dense(self.name("bias"), flat.sum(dim=2))
+
+
 class Flatten(Kernel):
     """Images to features: channels, height and width of a sample in one row."""
 
@@ -196,11 +263,12 @@ class MaxPool2d(Kernel):
         if module.return_indices:
             raise Unsupported("max pooling that returns indices")
         self.window = [_two(x) for x in (module.kernel_size, module.stride, module.padding, module.dilation)]
+        self.pairs = self.window == [[2, 2], [2, 2], [0, 0], [1, 1]]
 
     def forward(self, x: Images, keep: bool) -> Images:
         """Every image of every replica is one channel."""
         flat = x.flatten(0, 1)
-        if self.window == [[2, 2], [2, 2], [0, 0], [1, 1]] and not (x.shape[-1] % 2 or x.shape[-2] % 2):
+        if self.pairs and not (x.shape[-1] % 2 or x.shape[-2] % 2):
             y, index = _pool_pairs(flat, keep)
         else:
             y, index = aten.max_pool2d_with_indices(flat, *self.window, self.module.ceil_mode)
@@ -295,6 +363,7 @@ POINTWISE: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tens
     ),
 }
 """Activation -> (function, derivative of (module, gradient above, input, output))."""
+
 
 def arranged(layers: list[Kernel]) -> list[Kernel]:
     """The layers in an order that computes the same for less.

@@ -35,7 +35,8 @@ def is_cross_entropy(loss_fn: LossFunction) -> bool:
     if loss_fn is functional.cross_entropy:
         return True
     return (
-        type(loss_fn) is nn.CrossEntropyLoss
+        isinstance(loss_fn, nn.CrossEntropyLoss)
+        and type(loss_fn) is nn.CrossEntropyLoss
         and loss_fn.weight is None
         and loss_fn.ignore_index == -100
         and loss_fn.reduction == "mean"
@@ -45,7 +46,9 @@ def is_cross_entropy(loss_fn: LossFunction) -> bool:
 
 def is_squared_error(loss_fn: LossFunction) -> bool:
     """Whether it is PyTorch's mean squared error with its defaults."""
-    return loss_fn is functional.mse_loss or (type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean")
+    if loss_fn is functional.mse_loss:
+        return True
+    return isinstance(loss_fn, nn.MSELoss) and type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean"
 
 
 def cross_entropy(outputs: Outputs, labels: Labels) -> tuple[Losses, Outputs]:

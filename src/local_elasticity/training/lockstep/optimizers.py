@@ -98,7 +98,9 @@ class StackedOptimizer:
         scale = math.sqrt(1 - beta2**self.steps)
         weight.addcdiv_(mean, square.sqrt().div_(scale).add_(rule.eps), value=-rule.lr / (1 - beta1**self.steps))
 
-    def outer(self, name: str, left: Float[Tensor, "replicas n rows"], right: Float[Tensor, "replicas n columns"]) -> None:
+    def outer(
+        self, name: str, left: Float[Tensor, "replicas n rows"], right: Float[Tensor, "replicas n columns"]
+    ) -> None:
         """Take the step along sum_n left_n right_n^T, the gradient of a weight (replica, rows, columns)."""
         if not self.plain:
             return self.dense(name, torch.bmm(left.transpose(1, 2), right))

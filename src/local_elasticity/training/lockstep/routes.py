@@ -9,7 +9,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from local_elasticity.errors import InputError
 from local_elasticity.impact.state import preserved, random_state, set_random_state
 from local_elasticity.training.lockstep.chain import Chain, find_chain
-from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, Unsupported, arrange, arranged
+from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, PooledConv2d, Unsupported, arrange, arranged
 from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
 from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
 
 RouteName = Literal["kernels", "vmap", "loop"]
+BLOCKS = 2**29  # bytes that the training set may take when it is cut into blocks for the first layer
 AT_ONCE = 2**15  # numbers in the inputs of one forward pass when looking: its temporaries should stay in the cache
 
 
@@ -37,6 +38,7 @@ class Problem:
         loss_fn: ``loss_fn(outputs, labels)``, a mean over the batch.
         rule: how weights move.
         batch_size: samples in a step.
+        prepared: what routes made of the inputs, shared by all of them.
     """
 
     inputs: Float[Tensor, "samples ..."]
@@ -44,6 +46,7 @@ class Problem:
     loss_fn: LossFunction
     rule: Rule
     batch_size: int
+    prepared: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Stack:
@@ -169,13 +172,31 @@ class Kernels(Route):
         self.layers = layers(stack.weights)
         # One replica at a time when looking: many samples make large matrices already, and stay in the cache.
         self.alone = [layers({n: w[i : i + 1] for n, w in stack.weights.items()}) for i in range(len(stack))]
+        self.inputs: Tensor | None = None  # cut into blocks
+        self._pool_first()
         self.loss = stacked_loss(problem.loss_fn)
         self.first = next((i for i, layer in enumerate(self.layers) if layer.trained), len(self.layers))
+
+    def _pool_first(self) -> None:
+        """Join the first convolution and its pooling, when the training set may be cut into blocks for it."""
+        images, layers = self.problem.inputs, self.layers
+        if len(layers) < 2 or not PooledConv2d.fits(layers[0], layers[1], images):
+            return
+        joined = PooledConv2d(layers[0].module, layers[0].prefix, self.stack.weights)
+        kh, kw = joined.module.kernel_size
+        if images.numel() * images.element_size() * (kh + 1) * (kw + 1) > 4 * BLOCKS:
+            return
+        if "blocks" not in self.problem.prepared:
+            self.problem.prepared["blocks"] = joined.blocks(images)
+        self.layers, self.inputs = [joined, *layers[2:]], self.problem.prepared["blocks"]
 
     @torch.no_grad()
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """Forward through the layers, then backward, every layer moving its weights on the way."""
-        x = arrange(self.problem.inputs.index_select(0, index.flatten()), *index.shape)
+        if self.inputs is not None:
+            x = self.inputs.index_select(0, index.flatten()).unflatten(0, index.shape)
+        else:
+            x = arrange(self.problem.inputs.index_select(0, index.flatten()), *index.shape)
         for layer in self.layers:
             x = layer.forward(x, keep=True)
         labels = self.problem.labels
@@ -356,7 +377,8 @@ def agrees(stack: Stack, problem: Problem) -> bool:
     Kernels(ours, exact, chain).step(index)
     Loop(plain, exact).step(index)
     return all(
-        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True) for name, w in plain.weights.items()
+        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
+        for name, w in plain.weights.items()
     )
 
 
