@@ -33,6 +33,7 @@ from local_elasticity.studies.wang2021_reading import (
 )
 
 CRITICAL = 2 / 3
+PROBED = "dyadic on probes"
 FAR = 10_000  # steps for which the claims are made
 
 
@@ -45,7 +46,8 @@ class Rate:
         record: the training.
         published: the I-model by the published estimator, from the log.
         defined: the I-model as defined, from the log.
-        tails: (method, quantity) -> the exponent, then those of the resamples. "official" is of the published fit.
+        tails: (method, quantity) -> the exponent, then those of the resamples. "official" is of the published fit,
+            `PROBED` of the class means of the clean probes.
     """
 
     rate: float
@@ -63,11 +65,13 @@ class Rate:
 def read(rate: float, record: Record) -> Rate:
     """Estimate from the log of one training."""
     published, defined = fit(record, "isotropic", "log", estimator="published"), fit(record, "isotropic", "log")
+    probed = fit(record, "isotropic")
     tails: dict[tuple[str, str], np.ndarray] = {}
     for quantity in ("alpha", "beta", "gap"):
         for method in METHODS:
             source = published if method == "official" else defined
             tails[method, quantity] = tail_draws(source, method, quantity)  # pyright: ignore[reportArgumentType]
+        tails[PROBED, quantity] = tail_draws(probed, "dyadic", quantity)  # pyright: ignore[reportArgumentType]
     return Rate(rate, record, published, defined, tails)
 
 
@@ -230,7 +234,8 @@ class CorruptionStudy(EnsembleStudy):
             f"{c['origin']}; {c['steps']} steps, rate {c['lr']:g}, batch 1; networks at each rate: "
             f"{', '.join(str(len(record.sound)) for record in records)}; probes and validation have clean labels",
             "published index: published estimator of the I-model on class means of the log by the label trained on; "
-            "loglog and dyadic: estimator as defined on the same class means; 95 % intervals over networks",
+            "loglog and dyadic: estimator as defined on the same class means, dyadic also on those of the clean probes; "
+            "95 % intervals over networks",
             *(self._row(one) for one in rates),
             "transition, predicted at p = 2/3: "
             + "; ".join(f"{name}: {' '.join(seen.words())}" for name, seen in places.items()),
@@ -252,7 +257,7 @@ class CorruptionStudy(EnsembleStudy):
         apart = mean_of(separation(final["means"], final["variances"]))
         exponents = "; ".join(
             f"{method} {name} {' '.join(one.exponent(method, quantity).words())}"
-            for method in METHODS
+            for method in (*METHODS, PROBED)
             for quantity, name in (("alpha", "alpha"), ("beta", "beta"), ("gap", "alpha - beta"))
         )
         return (
@@ -288,7 +293,12 @@ class CorruptionStudy(EnsembleStudy):
         start = float(np.mean([one.record.array("validation_loss")[0].mean() for one in rates]))
         p = np.array([one.rate for one in rates])
         tails = []
-        for method, words in (("official", "published index"), ("loglog", "loglog"), ("dyadic", "dyadic")):
+        for method, words in (
+            ("official", "published index"),
+            ("loglog", "loglog"),
+            ("dyadic", "dyadic"),
+            (PROBED, PROBED),
+        ):
             seen = np.array([one.exponent(method) for one in rates]).T
             tails.append(Curve(words, p, (seen[0], seen[1], seen[2]), points=True))
         beta = np.array([one.exponent("official", "beta") for one in rates]).T
