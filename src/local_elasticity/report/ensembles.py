@@ -259,7 +259,7 @@ def charts(
 
 def _chart(axis: Axes, chart: Chart) -> None:
     import matplotlib as mpl
-    import matplotlib.ticker
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     shades = {"good": "#009E73", "bad": "#D55E00"}
     for low, high, kind in chart.shaded:
@@ -303,9 +303,9 @@ def _chart(axis: Axes, chart: Chart) -> None:
     axis.set_title(chart.title, fontsize=NORMAL, loc="left")
     _finish(axis, chart.y_label, log=chart.log)
     if chart.log:
-        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     if chart.limits:
         axis.set_ylim(*chart.limits)
     axis.set_xlabel(chart.x_label, fontsize=SMALL)

@@ -131,7 +131,8 @@ def images(training: Training) -> TensorData:
         whole = cifar10("train", at_least=training.n_train or None, progress=False)
         counts = [training.n_train, training.n_validation]
         if 0 in counts:
-            parts = (whole, cifar10("test", source=whole.source, progress=False))
+            source: Any = whole.source
+            parts = (whole, cifar10("test", source=source, progress=False))
             most = [int(torch.bincount(part.labels)[: training.n_classes].min()) for part in parts]
             counts = [count or largest for count, largest in zip(counts, most, strict=True)]
         found = cifar10_subset(training.n_classes, counts[0], counts[1], seed=training.seed, source=whole.source)

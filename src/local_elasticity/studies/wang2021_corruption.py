@@ -181,6 +181,7 @@ def located_by(rates: Sequence[Rate], seed: int = 0) -> dict[str, Seen]:
         ("official", "published index"),
         ("loglog", "loglog exponent"),
         ("dyadic", "dyadic exponent"),
+        (PROBED, "dyadic exponent (probes)"),
     ):
         for quantity in ("alpha", "gap"):
             name = "alpha" if quantity == "alpha" else "alpha - beta"
@@ -234,7 +235,7 @@ class CorruptionStudy(EnsembleStudy):
             f"{c['origin']}; {c['steps']} steps, rate {c['lr']:g}, batch 1; networks at each rate: "
             f"{', '.join(str(len(record.sound)) for record in records)}; probes and validation have clean labels",
             "published index: published estimator of the I-model on class means of the log by the label trained on; "
-            "loglog and dyadic: estimator as defined on the same class means, dyadic also on those of the clean probes; "
+            "loglog and dyadic: estimator as defined on the same class means, dyadic also on those of clean probes; "
             "95 % intervals over networks",
             *(self._row(one) for one in rates),
             "transition, predicted at p = 2/3: "
@@ -243,7 +244,7 @@ class CorruptionStudy(EnsembleStudy):
         figures = {
             "corruption": self._figure(rates, scale),
             "transition": located(
-                [(name, *seen) for name, seen in places.items()],
+                [(name, seen.value, seen.low, seen.high) for name, seen in places.items()],
                 CRITICAL,
                 f"Where separation ends, scale {scale}: line at the predicted 2/3, 95 % intervals",
                 "corruption rate p",

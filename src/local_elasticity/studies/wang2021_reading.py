@@ -104,7 +104,8 @@ def fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdentifiabilityWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        return estimate(model=model, estimator=estimator, **data, **({"n_boot": BOOTSTRAPS} | options))
+        data |= {"n_boot": BOOTSTRAPS} | options
+        return estimate(model=model, estimator=estimator, **data)
 
 
 def end_of(found: Fit, name: Literal["A", "B"]) -> Seen:
