@@ -303,7 +303,8 @@ def _chart(axis: Axes, chart: Chart) -> None:
     axis.set_title(chart.title, fontsize=NORMAL, loc="left")
     _finish(axis, chart.y_label, log=chart.log)
     if chart.log:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     if chart.limits:

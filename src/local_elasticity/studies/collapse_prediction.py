@@ -313,7 +313,7 @@ class CollapseStudy(EnsembleStudy):
             predicted = ways[JUDGED]
             mean = own_logit(predicted.means).mean(axis=0)
             curves.append(Curve(f"from t = {after:g}", predicted.t, (mean, mean * np.nan, mean * np.nan)))
-        content.append(Chart("logit of the own class", "logit", "training step", curves))
+        content.append(Chart("logit of the own class", "logit", "training step", curves, log=True))
         for key, (title, label) in titles.items():
             known = np.isfinite(metrics[key]).all(axis=0)
             curves = [Curve("the networks", whole.t[known], band_of(metrics[key][:, known]))]
