@@ -837,6 +837,9 @@ def reproduce(
     out: Path | None = None,
     list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
     overwrite: bool = False,
+    trainings: Path | None = None,
+    train_only: bool = False,
+    only: Literal["geomnist", "cifar10"] | None = None,
 ) -> int:
     """Run a study of the papers and judge its claims; exit status 1 when a claim fails.
 
@@ -848,6 +851,9 @@ def reproduce(
         out: folder of the study; runs/NAME-SCALE by default.
         list_: list the studies.
         overwrite: throw away what is already there.
+        trainings: for studies of ensembles: a folder of trainings to share; else those of neighbouring studies are.
+        train_only: for studies of ensembles: stop after the trainings.
+        only: for studies of ensembles: one of their data sets.
     """
     from local_elasticity.studies import STUDIES
 
@@ -857,7 +863,14 @@ def reproduce(
         return 0
     if name not in STUDIES:
         raise InputError(expected="a study", got=repr(name), do=nearest(name, STUDIES))
-    return STUDIES[name].run(scale, out or Path("runs") / f"{name}-{scale}", overwrite=overwrite)
+    study, place = STUDIES[name], out or Path("runs") / f"{name}-{scale}"
+    if getattr(study, "trains", False):
+        return study.run(scale, place, overwrite=overwrite, trainings=trainings, train_only=train_only, only=only)
+    if trainings is not None or train_only or only:
+        raise InputError(
+            expected="a study of ensembles", got=f"{name} with --trainings, --train-only or --only", do="leave it out"
+        )
+    return study.run(scale, place, overwrite=overwrite)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def compare(
     with np.errstate(divide="ignore", invalid="ignore"):
         scalar = float(observed[-tail:, k, j].mean() / predicted[-tail:, k, j].mean())
         best = float((observed * predicted).sum() / (predicted**2).sum())
-    plain, rescaled, fitted = (_agreement(observed, c * predicted, widths, tail) for c in (1.0, scalar, best))
+    plain, rescaled, fitted = (agreement(observed, c * predicted, widths, tail) for c in (1.0, scalar, best))
     return Comparison(plain, rescaled, fitted, scalar, best, band, predicted, observed, widths)
 
 
@@ -154,7 +154,15 @@ def _bands(
     return "none: pass sd= or n=", np.full(shape, np.nan)
 
 
-def _agreement(observed: Path, predicted: Path, sd: Path, tail: int) -> Agreement:
+def agreement(observed: Path, predicted: Path, sd: Path, tail: int) -> Agreement:
+    """Measures of agreement of two paths of class means.
+
+    Args:
+        observed: class means.
+        predicted: those of a model at the same times.
+        sd: half-width of the bands over 2; NaN for none.
+        tail: how many of the last times the cosine is of.
+    """
     residual = observed - predicted
     spread = observed - observed.mean(axis=0)
     known = np.isfinite(sd)

@@ -6,6 +6,7 @@ r < 1 is slower than 1/t, the boundary of separability. The slope of dyadic bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -81,7 +82,7 @@ def tail_exponent(
     if method not in get_args(TailMethod):
         raise InputError(expected="a method", got=repr(method), do=nearest(str(method), get_args(TailMethod)))
     rows = np.concatenate([integral[None], np.empty((0, len(t))) if draws is None else draws])
-    found = {"dyadic": _dyadic, "loglog": _loglog, "official": _official}[method](t, rows, window)
+    found = _rule(method)(t, rows, window)
     values, reason, *blocks = found
     value, resampled = float(values[0]), values[1:]
     low = high = float("nan")
@@ -95,6 +96,17 @@ def tail_exponent(
                 float(end[0]) for end in percentiles(resampled[known][:, None], values[:1], confidence, trials)
             )
     return TailExponent(method, value, low, high, reason, *blocks)
+
+
+def exponents(
+    t: Float[np.ndarray, " T"], integrals: Draws, *, method: TailMethod = "dyadic", window: int = 5
+) -> Float[np.ndarray, " b"]:
+    """The exponents of several integrals by the blocks that the first of them chooses; see `tail_exponent`."""
+    return np.asarray(_rule(method)(t, integrals, window)[0])
+
+
+def _rule(method: TailMethod) -> Callable[[np.ndarray, np.ndarray, int], tuple]:
+    return {"dyadic": _dyadic, "loglog": _loglog, "official": _official}[method]
 
 
 def _dyadic(t: np.ndarray, rows: np.ndarray, window: int) -> tuple:
