@@ -1,7 +1,7 @@
 """The studies of the papers: one file each, and one line here."""
 
 from local_elasticity.studies.dan2023_flows import FLOWS
-from local_elasticity.studies.dan2023_images import CIFAR10
+from local_elasticity.studies.dan2023_cifar10 import CIFAR10
 from local_elasticity.studies.dan2023_regression import REGRESSION
 from local_elasticity.studies.dan2023_ridge import RIDGE
 from local_elasticity.studies.hesu2020_clustering import CLUSTERING

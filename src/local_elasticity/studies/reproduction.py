@@ -1,0 +1,270 @@
+"""What ``local-elasticity reproduce`` does: lists, runs, continues and replays studies, and joins their claims."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.progress import duration
+from local_elasticity.parallel import Workers
+from local_elasticity.runs import STUDY_NOTE, git_revision, is_ours, versions
+
+TIMINGS = Path(__file__).with_name("timings.json")
+DISK = 200 * 2**20  # bytes of a study that does not say how many it needs
+
+
+@dataclass(frozen=True)
+class Order:
+    """One study to be run.
+
+    Attributes:
+        name: of the study.
+        scale: "small" or "paper".
+        sizes: changes of the scale: names and values as written on the command line.
+        out: its folder.
+        overwrite: throw away what is there.
+        workers: where its tasks run.
+    """
+
+    name: str
+    scale: str
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    out: Path | None = None
+    overwrite: bool = False
+    workers: Workers = field(default_factory=Workers)
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes: runs/NAME-SCALE unless given; more runs go to the folder of fewer."""
+        changed = "".join(f"-{key.replace('_', '-')}-{value}" for key, value in self.sizes.items() if key != "runs")
+        return self.out or Path("runs") / f"{self.name}-{self.scale}{changed}"
+
+
+def studies() -> dict[str, Any]:
+    """Every study by its name."""
+    from local_elasticity.studies import STUDIES
+
+    return STUDIES
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The studies that are meant; "all" is every one.
+
+    Raises:
+        InputError: for an unknown name, with the nearest.
+    """
+    known = studies()
+    if "all" in names:
+        return sorted(known)
+    for name in names:
+        if name not in known:
+            raise InputError(expected="a study, or all", got=repr(name), do=nearest(name, [*known, "all"]))
+    return list(dict.fromkeys(names))
+
+
+def run(order: Order) -> int:
+    """Run, or continue, one study; its exit status.
+
+    Raises:
+        InputError: for sizes that it does not have, a folder of other versions, too small a disk.
+    """
+    study = studies()[order.name]
+    size = sized(study, order)
+    folder = order.folder
+    if not order.overwrite:
+        check_versions(folder)
+    check_disk(study, order, size, folder)
+    parameters = inspect.signature(study.run).parameters
+    extra = {"workers": order.workers} if "workers" in parameters else {}
+    note = Note(folder, order)
+    note.start()
+    try:
+        if size is None:
+            status = study.run(order.scale, folder, **extra)
+        else:
+            status = study.run_at(size, order.scale, folder, **extra)
+    except InputError:
+        note.withdraw()
+        raise
+    note.finish(status)
+    return status
+
+
+def sized(study: Any, order: Order) -> Any:
+    """The size of the study with the changes made; None where nothing is changed.
+
+    Raises:
+        InputError: for a study of fixed sizes, an unknown name, or a value of another kind.
+    """
+    if not order.sizes:
+        return None
+    sizes = getattr(study, "sizes", None)
+    if sizes is None:
+        raise InputError(
+            expected="a study whose size can be changed",
+            got=f"--size for {order.name}",
+            do="leave --size out: it has the scales small and paper",
+        )
+    size, changes = sizes[order.scale], {}
+    kinds = {one.name: type(getattr(size, one.name)) for one in fields(size)}
+    for name, text in order.sizes.items():
+        key = name.replace("-", "_")
+        if key not in kinds:
+            raise InputError(expected=f"a size of {order.name}", got=repr(name), do=nearest(key, kinds))
+        try:
+            changes[key] = kinds[key](text)
+        except ValueError:
+            raise InputError(
+                expected=f"{name} as {kinds[key].__name__}", got=repr(text), do=f"write for example {name}=3"
+            ) from None
+        if isinstance(changes[key], int | float) and changes[key] <= 0:
+            raise InputError(expected=f"{name} above 0", got=text, do="ask for at least one")
+    return replace(size, **changes)
+
+
+def check_versions(folder: Path) -> None:
+    """Refuse to go on in a folder that other versions made: its numbers would be of two kinds.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    note = read_note(folder)
+    if note is None:
+        return
+    now = versions()
+    differing = {k: (v, now.get(k, "not installed")) for k, v in note["versions"].items() if now.get(k) != v}
+    if differing:
+        raise InputError(
+            expected=f"the versions that made {folder}",
+            got=", ".join(f"{k} {new} (there {old})" for k, (old, new) in differing.items()),
+            do="install those, choose another --out, or start again with --overwrite",
+        )
+
+
+def check_disk(study: Any, order: Order, size: Any, folder: Path) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        InputError: with the estimate and what is free.
+    """
+    estimate = getattr(study, "estimated_bytes", None)
+    needed = DISK if estimate is None else estimate(order.scale, size, order.workers.jobs)
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            expected=f"about {needed / 2**30:.2g} GiB of disk for {order.name}, scale {order.scale}",
+            got=f"{free / 2**30:.2g} GiB free at {place}",
+            do="free some, choose an --out on another disk, or a smaller --scale or --size",
+        )
+
+
+# --- a study's folder describes itself -----------------------------------------------------------------------------
+
+
+class Note:
+    """``study.json``: what was run, with which versions, how long it took and how it ended."""
+
+    def __init__(self, folder: Path, order: Order) -> None:
+        self.folder, self.order = folder, order
+        self.started = time.perf_counter()
+
+    def start(self) -> None:
+        """Write it before the work; a folder that is continued keeps its history."""
+        old = None if self.order.overwrite else read_note(self.folder)
+        if self.order.overwrite and is_ours(self.folder):
+            shutil.rmtree(self.folder)
+        self.content = {
+            "study": self.order.name,
+            "scale": self.order.scale,
+            "sizes": dict(self.order.sizes),
+            "command": command(self.order),
+            "workers": self.order.workers.words,
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "machine": machine(),
+            "seconds": (old or {}).get("seconds", 0.0),
+            "status": None,
+            "history": [*(old or {}).get("history", [])],
+        }
+        self.content["history"].append(
+            {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_revision": self.content["git_revision"]}
+        )
+        revision = (old or {}).get("git_revision")
+        if revision and revision != self.content["git_revision"]:
+            print(f"{self.folder} was begun at revision {revision[:12]}; going on at {git_revision()[:12]}")
+        if not self.folder.exists() or is_ours(self.folder) or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            self.write()  # anything else is refused by the study, and left as it is
+
+    def withdraw(self) -> None:
+        """Leave no folder behind for a study that was refused before it began."""
+        files = {self.folder / STUDY_NOTE, self.folder / "config.json"}
+        if self.folder.is_dir() and set(self.folder.iterdir()) <= files and read_note(self.folder) is not None:
+            shutil.rmtree(self.folder)
+
+    def finish(self, status: int) -> None:
+        """Write how it ended."""
+        self.content["status"] = status
+        self.content["seconds"] += time.perf_counter() - self.started
+        self.write()
+
+    def write(self) -> None:
+        """Write it whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{STUDY_NOTE}.partial"
+        partial.write_text(json.dumps(self.content, indent=2))
+        os.replace(partial, self.folder / STUDY_NOTE)
+
+
+def command(order: Order) -> str:
+    """What a person types for this."""
+    sizes = "".join(f" {key}={value}" for key, value in order.sizes.items())
+    return f"local-elasticity reproduce {order.name} --scale {order.scale}" + (f" --size{sizes}" if sizes else "")
+
+
+def machine() -> str:
+    """One line about this machine: what timings are worth depends on it."""
+    import platform
+
+    name = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """The note of a study's folder, or None."""
+    try:
+        note = json.loads((folder / STUDY_NOTE).read_text())
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and "versions" in note and "study" in note else None
+
+
+def reproduce(
+    names: Sequence[str],
+    scale: str,
+    sizes: Mapping[str, str],
+    out: Path | None,
+    workers: Workers,
+    overwrite: bool,
+) -> int:
+    """Run the studies; one alone goes to ``out`` itself, several to folders in it, with a page over all."""
+    wanted = chosen(names)
+    if len(wanted) == 1 and "all" not in names:
+        return run(Order(wanted[0], scale, sizes, out, overwrite, workers))
+    raise NotImplementedError
