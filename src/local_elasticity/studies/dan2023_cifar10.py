@@ -10,8 +10,8 @@ CIFAR10 = ImageStudy(
     title="dan2023-cifar10: S_rel of ResNet-18 on CIFAR-10 plane, car, ship",
     conditions=dict.fromkeys(("small", "paper"), (Condition("cifar10", CLASSES),)),
     sizes={"small": Scale(200, 25, 3, 1, probes_per_class=10), "paper": Scale(5000, 256, 7, 3)},
-    cost={"small": "2 min on 1 core", "paper": "3 hours on 1 core"},
+    cost={"small": "3 min on 1 core", "paper": "3 hours on 1 core"},
     report=report,
     figure="CIFAR-10 figures (KL and SuHe)",
-    claim="S_rel by the new definition: own class above the others; by the original definition not",
+    claim="S_rel by the new definition puts the own class above the others; by the original definition it does not",
 )

@@ -85,7 +85,7 @@ class Condition:
     @property
     def name(self) -> str:
         """For folders and tables."""
-        return f"{self.data}-{self.network}-{self.optimizer}"
+        return f"{self.data}-{self.network.partition(':')[0]}-{self.optimizer}"
 
 
 @dataclass(frozen=True)
@@ -307,6 +307,7 @@ class _Run:
             return
         with self.clock("controls"):
             kept(self.job.folder / f"control-{step:06d}.npz", lambda: self._measure_controls(step == self._last))
+        self.clock.save()
 
     @property
     def _last(self) -> int:
@@ -420,7 +421,7 @@ class ImageStudy:
         waiting = time.perf_counter() - started
         for task in tasks:
             shutil.rmtree(task.record.parent / "checkpoint", ignore_errors=True)
-        runs = tables_of(tasks, records, self, out)
+        runs = tables_of(tasks, records, self)
         return self.report(self, runs, size, scale, out, waiting)
 
 

@@ -267,6 +267,8 @@ class Tracker:
                 seen = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
                 numerators, denominators = movements(*seen)
                 ratio = numerators / denominators[:, None]
+                if limit:
+                    denominators = movements(at_limit(impact, together=True), definition, 0.0)[1]
                 ratio = torch.where(torch.isfinite(ratio) & (denominators[:, None] != 0), ratio, torch.nan).cpu()
                 pairs[update, definition] = ratio.numpy()
                 tables[update, definition] = by_class(
