@@ -660,6 +660,7 @@ def reproduce(
     jobs: int = 1,
     address: str | None = None,
     overwrite: bool = False,
+    results: Path | None = None,
 ) -> int:
     """Run studies of the papers and judge their claims; exit status 1 when a claim that was expected to hold does not.
 
@@ -677,6 +678,7 @@ def reproduce(
         jobs: runs at once; with more than one, loky unless a backend is named.
         address: of a running Ray or dask cluster, HOST:PORT.
         overwrite: throw away what is already there.
+        results: keep the tables, figures and timings of all studies here too, small files only.
     """
     from local_elasticity.parallel import Workers
     from local_elasticity.studies import reproduction
@@ -686,7 +688,7 @@ def reproduce(
     workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
     if from_ is not None:
         return reproduction.replay(from_, out, workers, overwrite)
-    return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite)
+    return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite, results)
 
 
 def _sizes(words: list[str] | None) -> dict[str, str]:

@@ -380,6 +380,16 @@ class ImageStudy:
         """
         return self.run_at(self.sizes[scale], scale, out, overwrite, workers)
 
+    def estimated_bytes(self, scale: str, size: Scale | None, jobs: int) -> int:
+        """Disk that the study takes: outputs and tables of every run, checkpoints of those at work."""
+        size = size or self.sizes[scale]
+        classes = len(self.conditions[scale][0].classes)
+        looks = size.epochs * -(-(size.per_class * classes // size.batch_size) // size.every)
+        outputs = looks * len(PROBES) * (classes * size.probes_per_class) ** 2 * classes * 4
+        checkpoint = 3 * 4 * 11_200_000  # weights and two moments of the largest network
+        runs = size.runs * len(self.conditions[scale])
+        return runs * (outputs + 5 * 2**20) + 3 * checkpoint * min(jobs, runs) + 50 * 2**20
+
     def run_at(
         self, size: Scale, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None
     ) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from typing import Any
 
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.progress import duration
-from local_elasticity.parallel import Workers
+from local_elasticity.parallel import Task, Workers, perform
 from local_elasticity.runs import STUDY_NOTE, git_revision, is_ours, versions
 
 TIMINGS = Path(__file__).with_name("timings.json")
@@ -255,6 +255,9 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) and "versions" in note and "study" in note else None
 
 
+# --- several studies, and replays ----------------------------------------------------------------------------------
+
+
 def reproduce(
     names: Sequence[str],
     scale: str,
@@ -262,9 +265,198 @@ def reproduce(
     out: Path | None,
     workers: Workers,
     overwrite: bool,
+    results: Path | None = None,
 ) -> int:
-    """Run the studies; one alone goes to ``out`` itself, several to folders in it, with a page over all."""
+    """Run the studies: one alone in ``out`` itself, several in folders of it, with a page over all of them.
+
+    Args:
+        names: studies, or "all".
+        scale: "small" or "paper".
+        sizes: changes of the scale, for one study only.
+        out: where to.
+        workers: where the tasks run; at the small scale of several studies a task is a study, else a run of one.
+        overwrite: throw away what is there.
+        results: keep the tables and figures, small files only, here too.
+
+    Returns:
+        1 when a claim that was expected to hold does not.
+    """
     wanted = chosen(names)
-    if len(wanted) == 1 and "all" not in names:
+    if len(wanted) == 1 and "all" not in names and results is None:
         return run(Order(wanted[0], scale, sizes, out, overwrite, workers))
-    raise NotImplementedError
+    if sizes:
+        raise InputError(expected="--size for one study", got=f"{len(wanted)} studies", do="run them one by one")
+    place = out or Path("runs")
+    orders = [Order(name, scale, {}, place / f"{name}-{scale}", overwrite, workers) for name in wanted]
+    known = [seconds for name in wanted if (seconds := cost_seconds(name, scale)) is not None]
+    more = "" if len(known) == len(wanted) else f", and {len(wanted) - len(known)} that have no stored timing"
+    print(f"{len(wanted)} studies, scale {scale}: about {duration(sum(known))} of work by stored timings{more}", flush=True)
+    if workers.jobs > 1 and scale == "small":
+        refused = _side_by_side(orders, place, workers)
+    else:
+        refused = {order.name: why for order in orders if (why := _one_of_several(order)) is not None}
+    from local_elasticity.studies.overview import write_overview
+
+    page, failing = write_overview([order.folder for order in orders], wanted, refused, scale, place)
+    if results is not None:
+        keep_results(orders, place, scale, results)
+    print(f"page:   {page}")
+    return int(failing > 0)
+
+
+def _one_of_several(order: Order) -> str | None:
+    """Run a study unless it is finished; why it was refused, or None."""
+    note = read_note(order.folder)
+    finished = note is not None and note["status"] is not None and (order.folder / "claims.json").exists()
+    if finished and not order.overwrite:
+        check_versions(order.folder)
+        print(f"{order.name}: already finished in {order.folder}", flush=True)
+        return None
+    try:
+        status = run(order)
+    except InputError as error:
+        print(f"{order.name}: not run: {error}", flush=True)
+        return str(error)
+    print(f"{order.name}: {'a claim fails' if status else 'every judged claim holds'}", flush=True)
+    return None
+
+
+def _side_by_side(orders: Sequence[Order], place: Path, workers: Workers) -> dict[str, str]:
+    """Whole studies as tasks; each says what it has to say in a log beside its folder."""
+    records = place / ".tasks"
+    shutil.rmtree(records, ignore_errors=True)  # a finished study says so itself
+    inner = [replace(order, workers=Workers(), out=order.folder.resolve()) for order in orders]
+    longest = sorted(inner, key=lambda order: -(cost_seconds(order.name, order.scale) or 0.0))
+    tasks = [Task(order.name, logged, (order,), records / f"{order.name}.json") for order in longest]
+    try:
+        outcomes = perform(tasks, workers)
+    finally:
+        shutil.rmtree(records, ignore_errors=True)
+    for outcome in outcomes:
+        print(f"{outcome['study']}: {outcome['said']} (log: {outcome['log']})", flush=True)
+    return {outcome["study"]: outcome["refused"] for outcome in outcomes if outcome["refused"] is not None}
+
+
+def logged(order: Order) -> dict[str, Any]:
+    """Run one of several studies, with what it prints in a file."""
+    log = order.folder.with_name(f"{order.folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        refused = _one_of_several(order)
+    said = log.read_text().splitlines()[-1].partition(": ")[2]
+    return {"study": order.name, "refused": refused, "said": said, "log": str(log)}
+
+
+def replay(folder: Path, out: Path | None, workers: Workers, overwrite: bool) -> int:
+    """Run the study that made a folder again, with its settings and seeds, and say whether the numbers are the same.
+
+    Raises:
+        InputError: for a folder that no study made, or one of other versions.
+    """
+    note = read_note(folder)
+    if note is None:
+        raise InputError(
+            expected=f"the folder of a study, with {STUDY_NOTE} in it",
+            got=f"{'no folder' if not folder.is_dir() else 'none'} at {folder}",
+            do="pass the --out of 'local-elasticity reproduce NAME'",
+        )
+    (name,) = chosen([note["study"]])
+    check_versions(folder)
+    where = out or folder.with_name(f"{folder.name}-replay")
+    if where.resolve() == folder.resolve():
+        raise InputError(expected="another folder for the replay", got=str(where), do="choose another --out")
+    print(f"replaying {note['command']}, made at revision {note['git_revision'] or 'unknown'}", flush=True)
+    status = run(Order(name, note["scale"], note["sizes"], where, overwrite, workers))
+    same = _claims_in(folder) == _claims_in(where)
+    print(f"replay: {'the same numbers as' if same else 'OTHER numbers than'} {folder}")
+    return status if same else 1
+
+
+def _claims_in(folder: Path) -> Any:
+    """What a study judged; None where it did not come so far."""
+    try:
+        return json.loads((folder / "claims.json").read_text())["claims"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+# --- the list --------------------------------------------------------------------------------------------------------
+
+
+def show_list(terminal: bool) -> int:
+    """Print every study: paper, figure, claim, cost at each scale; one line a study where nobody looks."""
+    from local_elasticity.studies.catalogue import about
+
+    rows = []
+    for name, study in sorted(studies().items()):
+        said = about(name, study)
+        rows.append((name, said.paper, said.figure, said.claim, cost(name, study, "small"), cost(name, study, "paper")))
+    if not terminal:
+        for name, *rest in rows:
+            print(f"{name}: {'; '.join(_labelled(rest))}")
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Studies: local-elasticity reproduce NAME --scale small")
+    for heading in ("study", "paper", "figure", "claim", "small", "paper scale"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def _labelled(row: Sequence[str]) -> list[str]:
+    paper, figure, claim, small, large = row
+    return [paper, f"figure: {figure}", f"claim: {claim}", f"small: {small}", f"paper: {large}"]
+
+
+def timings() -> dict[str, dict[str, Any]]:
+    """Stored timings: study -> scale -> seconds, machine, and whether they were measured."""
+    try:
+        return json.loads(TIMINGS.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def cost_seconds(name: str, scale: str) -> float | None:
+    """Seconds of a study by the stored timings, or None."""
+    stored = timings().get(name, {}).get(scale)
+    return None if stored is None else float(stored["seconds"])
+
+
+def cost(name: str, study: Any, scale: str) -> str:
+    """What a study costs: as it was here, as it was where timings were stored, or as its author says."""
+    mine = read_note(Path("runs") / f"{name}-{scale}")
+    if mine is not None and mine["status"] is not None:
+        return f"{duration(mine['seconds'])} (here)"
+    stored = timings().get(name, {}).get(scale)
+    if stored is not None:
+        return f"{duration(stored['seconds'])}{'' if stored.get('measured', True) else ' (estimated)'}"
+    return str(getattr(study, "cost", {}).get(scale, "unknown"))
+
+
+# --- results that are kept -------------------------------------------------------------------------------------------
+
+LARGEST_KEPT = 400 * 2**10  # bytes of a file under docs/results
+
+
+def keep_results(orders: Sequence[Order], place: Path, scale: str, results: Path) -> None:
+    """Copy the tables and figures of the studies, small files only, and the timings."""
+    results.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    for order in orders:
+        note = read_note(order.folder)
+        if note is None or note["status"] is None:
+            continue
+        found[order.name] = {scale: {"seconds": round(note["seconds"], 1), "machine": note["machine"]}}
+        target = results / order.name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        files = [order.folder / name for name in ("claims.md", "separation.csv")]
+        for path in [*files, *sorted((order.folder / "figures").glob("*.png"))]:
+            if path.is_file() and path.stat().st_size <= LARGEST_KEPT:
+                shutil.copy(path, target / path.name)
+    shutil.copy(place / f"claims-{scale}.md", results / "README.md")
+    (results / "timings.json").write_text(json.dumps(found, indent=2) + "\n")
