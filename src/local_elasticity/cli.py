@@ -661,6 +661,7 @@ def reproduce(
     address: str | None = None,
     overwrite: bool = False,
     results: Path | None = None,
+    so_far: bool = False,
 ) -> int:
     """Run studies of the papers and judge their claims; exit status 1 when a claim that was expected to hold does not.
 
@@ -679,6 +680,7 @@ def reproduce(
         address: of a running Ray or dask cluster, HOST:PORT.
         overwrite: throw away what is already there.
         results: keep the tables, figures and timings of all studies here too, small files only.
+        so_far: judge and draw what an unfinished study has so far; nothing is run.
     """
     from local_elasticity.parallel import Workers
     from local_elasticity.studies import reproduction
@@ -688,6 +690,8 @@ def reproduce(
     workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
     if from_ is not None:
         return reproduction.replay(from_, out, workers, overwrite)
+    if so_far:
+        return reproduction.so_far(names, scale, _sizes(size), out)
     return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite, results)
 
 

@@ -218,7 +218,9 @@ def _ray(workers: Workers) -> Iterator[None]:
             raise _no_answer("ray", workers.address or "this machine", error) from error
     try:
         register_ray()
-        with joblib.parallel_config(backend="ray", n_jobs=workers.jobs):
+        # A lost actor is started again by Ray, and its task with it: the pool itself would wait for it for ever.
+        retries = {"max_restarts": -1, "max_task_retries": ATTEMPTS}
+        with joblib.parallel_config(backend="ray", n_jobs=workers.jobs, ray_remote_args=retries):
             yield
     finally:
         if ours:

@@ -397,7 +397,7 @@ class ImageStudy:
         from local_elasticity.studies.dan2023_tables import tables_of
 
         workers = workers or Workers()
-        loaded = {}
+        loaded: dict[Condition, tuple[LabelledImages, LabelledImages]] = {}
         for condition in self.conditions[scale]:
             loaded[condition] = load(condition, size, self.seed)
         origins = {condition.name: images.origin for condition, (images, _) in loaded.items()}
@@ -417,12 +417,10 @@ class ImageStudy:
             print(f"{name}: {origin}", flush=True)
         common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr")} | asdict(size)
         del common["runs"]
-        tasks = []
+        aloud, tasks = workers.backend == "serial", []
         for condition, (images, test) in loaded.items():
             mine = {**common, "data_origin": images.origin}
-            for index in range(size.runs):
-                folder = out / (f"run-{index}" if len(loaded) == 1 else f"{condition.name}-{index}")
-                aloud = workers.backend == "serial"
+            for index, folder in self.folders(condition, size, scale, out):
                 job = Job(condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud)
                 tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
         started = time.perf_counter()
@@ -431,8 +429,37 @@ class ImageStudy:
         waiting = time.perf_counter() - started
         for task in tasks:
             shutil.rmtree(task.record.parent / "checkpoint", ignore_errors=True)
-        runs = tables_of(tasks, records, self)
+        runs = tables_of([(task.arguments[0].condition, task.record.parent) for task in tasks], records, self.seed)
         return self.report(self, runs, size, scale, out, waiting)
+
+    def folders(self, condition: Condition, size: Scale, scale: str, out: Path) -> list[tuple[int, Path]]:
+        """Number and folder of every run of a condition."""
+        alone = len(self.conditions[scale]) == 1
+        return [(k, out / (f"run-{k}" if alone else f"{condition.name}-{k}")) for k in range(size.runs)]
+
+    def so_far(self, size: Scale | None, scale: str, out: Path) -> int:
+        """Judge and draw what an unfinished study has; claims on the end of training are not judged.
+
+        Raises:
+            InputError: when there is no run with a snapshot.
+        """
+        from local_elasticity.studies.dan2023_tables import record_so_far, tables_of
+
+        size = size or self.sizes[scale]
+        places, records = [], []
+        for condition in self.conditions[scale]:
+            for index, folder in self.folders(condition, size, scale, out):
+                record = record_so_far(condition, index, self.seed + index, folder)
+                if record is not None:
+                    places.append((condition, folder))
+                    records.append(record)
+        if not places:
+            raise le.InputError(
+                expected="a run of this study with a snapshot", got=f"none in {out}", do="run it first, without --so-far"
+            )
+        finished = all((folder / "record.json").exists() for _, folder in places)
+        words = self if finished else replace(self, title=f"{self.title} (unfinished)")
+        return self.report(words, tables_of(places, records, self.seed), size, scale, out, 0.0)
 
 
 def words_of(study: ImageStudy, size: Scale, scale: str) -> str:

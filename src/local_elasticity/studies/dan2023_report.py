@@ -61,7 +61,8 @@ def report(study: ImageStudy, found: Sequence[Series], size: Scale, scale: str, 
 
     (series,) = found
     title = f"{study.title}, {words_of(study, size, scale)}"
-    judging = Judging(series, whole=size.epochs >= study.sizes["paper"].epochs and scale == "paper")
+    ended = all("test_accuracy" in r and r["test_images"] for r in series.records)
+    judging = Judging(series, whole=size.epochs >= study.sizes["paper"].epochs and scale == "paper" and ended)
     claims = check_claims(judging)
     notes = [*protocol_notes(study, series, size), *result_notes(series), *time_notes(series, waiting)]
     path = write_claims(claims, out, title, notes)
@@ -80,10 +81,10 @@ def report(study: ImageStudy, found: Sequence[Series], size: Scale, scale: str, 
 
 def protocol_notes(study: ImageStudy, series: Series, size: Scale) -> list[str]:
     """What was done."""
-    c, data = series.condition, series.datasets[0]
+    c, settings = series.condition, le.open_run(series.folders[0]).configuration
     looks = len(series.epochs)
     return [
-        f"data: {le.open_run(series.folders[0]).configuration['data_origin']}; {size.per_class} training images a class "
+        f"data: {settings['data_origin']}; {size.per_class} training images a class "
         f"({', '.join(series.classes)}), cropped and flipped once",
         f"{c.network}, {c.optimizer}, lr {c.lr:g}, weight decay {c.weight_decay:g}; batch {size.batch_size}, "
         f"{size.epochs} epochs = {series.records[0]['updates']} updates, {looks} looks",
@@ -94,8 +95,9 @@ def protocol_notes(study: ImageStudy, series: Series, size: Scale) -> list[str]:
         + "; engine replay, the limit by engine linear",
         f"claims use the published average: mean of ratios, self pairs in, probe {PROBE}; all others in separation.csv",
         "intervals: 95 %, 200 resamples of sources, targets and runs; ranks: 1000 resamples of sources",
-        f"train metrics: running means over the epoch; test metrics: {data.attrs.get('test_words', 'true test split')}, "
-        f"{series.records[0]['test_images']} images at the end (the published “test” was drawn from the training split)",
+        f"train metrics: running means over the epoch; test metrics: true test split, {settings['test_data']} at the "
+        f"looks, {series.records[0]['test_images']} images at the end (the published “test” was drawn from the training "
+        "split)",
     ]
 
 

@@ -17,8 +17,8 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-from local_elasticity.parallel import Task
-from local_elasticity.runs import open_run
+from local_elasticity.parallel import read_record
+from local_elasticity.runs import locate, open_run
 from local_elasticity.similarity import at_limit, movements, outputs_of, s_rel_of
 from local_elasticity.studies.dan2023_images import DEFINITIONS, PROBE, PROBES, Condition
 
@@ -124,16 +124,42 @@ class Series:
         return {step: {k: np.stack([one[k] for one in some]) for k in some[0]} for step, some in whole.items()}
 
 
-def tables_of(tasks: Sequence[Task], records: Sequence[dict[str, Any]], study: Any) -> list[Series]:
-    """The finished runs, by condition."""
+def tables_of(places: Sequence[tuple[Condition, Path]], records: Sequence[dict[str, Any]], seed: int) -> list[Series]:
+    """The runs in these folders, by condition; of unfinished ones the looks that all runs of a condition have."""
     found: dict[Condition, Series] = {}
-    for task, record in zip(tasks, records, strict=True):
-        job = task.arguments[0]
-        series = found.setdefault(job.condition, Series(job.condition, [], [], [], study.seed))
-        series.datasets.append(open_run(job.folder).dataset.load())
-        series.folders.append(job.folder)
+    for (condition, folder), record in zip(places, records, strict=True):
+        series = found.setdefault(condition, Series(condition, [], [], [], seed))
+        series.datasets.append(open_run(folder).dataset.load())
+        series.folders.append(folder)
         series.records.append(record)
+    for series in found.values():
+        looks = min(data.sizes["step"] for data in series.datasets)
+        series.datasets[:] = [data.isel(step=slice(looks)) for data in series.datasets]
     return list(found.values())
+
+
+def record_so_far(condition: Condition, index: int, seed: int, folder: Path) -> dict[str, Any] | None:
+    """The record of a run, or what can be said of an unfinished one; None where there is no snapshot."""
+    if (folder / "record.json").exists():
+        return read_record(folder / "record.json")
+    if locate(folder) is None:
+        return None
+    data = open_run(folder).dataset
+    if not data.sizes.get("step"):
+        return None
+    last = data.isel(step=-1)
+    metrics = {name: float(last[name]) for name in ("train_accuracy", "train_loss", "test_accuracy", "test_loss")}
+    looks = int(data.sizes["step"])
+    return {
+        "condition": condition.name,
+        "run": index,
+        "seed": seed,
+        "updates": int(last["step"]),
+        "looks": looks,
+        **metrics,
+        "test_images": 0,
+        "seconds": {"looks": float(data["seconds"].sum())},
+    }
 
 
 def _outputs(data: xr.Dataset, update: str, look: int) -> tuple[ndarray, ndarray, ndarray, ndarray]:

@@ -304,6 +304,23 @@ def reproduce(
     return int(failing > 0)
 
 
+def so_far(names: Sequence[str], scale: str, sizes: Mapping[str, str], out: Path | None) -> int:
+    """Judge and draw what an unfinished study has so far.
+
+    Raises:
+        InputError: for several studies, or one that is judged only when it is finished.
+    """
+    wanted = chosen(names)
+    study = studies()[wanted[0]]
+    if len(wanted) != 1 or not hasattr(study, "so_far"):
+        able = [name for name, one in studies().items() if hasattr(one, "so_far")]
+        raise InputError(
+            expected=f"one of {', '.join(able)}", got=", ".join(wanted), do="leave --so-far out for other studies"
+        )
+    order = Order(wanted[0], scale, sizes, out)
+    return study.so_far(sized(study, order), scale, order.folder)
+
+
 def _one_of_several(order: Order) -> str | None:
     """Run a study unless it is finished; why it was refused, or None."""
     note = read_note(order.folder)
