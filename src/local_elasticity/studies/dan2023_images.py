@@ -103,6 +103,7 @@ class Job:
         settings: of the study, kept with the run.
         folder: of the run.
         aloud: print a line with every snapshot.
+        probes: the probe steps, names of ``PROBES``.
     """
 
     condition: Condition
@@ -115,6 +116,7 @@ class Job:
     settings: Mapping[str, Any]
     folder: Path
     aloud: bool
+    probes: tuple[str, ...] = PROBES
 
 
 def load(condition: Condition, size: Scale, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -220,17 +222,19 @@ class _Run:
         configuration["test_data"] = f"{len(held)} images of the true test split, {job.test.origin}"
         resume = prepare_folder(folder, configuration, overwrite=False)
         self.session.clock = self.clock = _Clock(folder / "clock.json")
-        rates = {"sgd:0.01": 1e-2, "sgd:0.0001": 1e-4, LIMIT: 1.0}
+        updates: dict[str, le.Update] = {
+            PROBE: le.Adam(lr=job.probe_lr),
+            "sgd:0.01": le.SGD(lr=1e-2),
+            "sgd:0.0001": le.SGD(lr=1e-4),
+            LIMIT: le.SGD(lr=1.0),
+            LIVE: le.from_optimizer(self.session.optimizer),
+        }
         self.tracker = le.Tracker(
             self.model,
             self.loss_fn,
             self.probes,
-            update={
-                PROBE: le.Adam(lr=job.probe_lr),
-                **{name: le.SGD(lr=rates[name]) for name in PROBES if name in rates},
-                LIVE: le.from_optimizer(self.session.optimizer),
-            },
-            limits=[LIMIT],
+            update={name: update for name, update in updates.items() if name in job.probes},
+            limits=[LIMIT] if LIMIT in job.probes else [],
             definitions=DEFINITIONS,
             schedule=le.every(size.every, per="epoch"),
             store=folder / "run.zarr",
@@ -352,6 +356,7 @@ class ImageStudy:
         report: judges and draws: called with the study, its runs, the size, the scale's name and the folder.
         probe_lr: of the published probe.
         seed: of data, probes and the first run.
+        probes: the probe steps; the report needs all of them.
     """
 
     name: str
@@ -365,6 +370,7 @@ class ImageStudy:
     claim: str = ""
     probe_lr: float = 1e-4
     seed: int = 1234
+    probes: tuple[str, ...] = PROBES
 
     def run(self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None) -> int:
         """Train and track every run of this scale, judge the claims, draw.
@@ -421,7 +427,7 @@ class ImageStudy:
         for condition, (images, test) in loaded.items():
             mine = {**common, "data_origin": images.origin}
             for index, folder in self.folders(condition, size, scale, out):
-                job = Job(condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud)
+                job = Job(condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud, self.probes)
                 tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
         started = time.perf_counter()
         with watched([task.record.parent for task in tasks], aloud=workers.backend != "serial"):
