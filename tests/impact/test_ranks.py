@@ -27,7 +27,11 @@ def test_two_ranks_measure_what_one_process_does(tmp_path):
     model = le.networks.SimpleConv(3).double()
     x = torch.randn(7, 1, 32, 32, dtype=torch.float64)
     y, t = torch.arange(7) % 3, torch.randn(4, 1, 32, 32, dtype=torch.float64)
-    for name, engine, targets, n in (("replay", "replay", None, 7), ("linear", "linear", t, 7), ("few", "replay", t, 1)):
+    for name, engine, targets, n in (
+        ("replay", "replay", None, 7),
+        ("linear", "linear", t, 7),
+        ("few", "replay", t, 1),
+    ):
         one = le.measure_across_ranks(  # without a process group: measure itself
             model,
             torch.nn.functional.cross_entropy,

@@ -193,8 +193,13 @@ def test_data_that_are_not_at_hand_are_one_clear_message(name, data, tmp_path, m
 def test_modern_networks_are_judged_together(data, tmp_path, monkeypatch, capsys):
     write_cifar10(data)
     conditions = tuple(
-        study.Condition("cifar10", ("airplane", "automobile", "ship"), network, optimizer, **modern.OPTIMIZERS[optimizer])
-        for network, optimizer in (("resnet18-batchnorm:width=4", "sgd"), ("vit-small:patch=16,width=8,depth=1", "adamw"))
+        study.Condition(
+            "cifar10", ("airplane", "automobile", "ship"), network, optimizer, **modern.OPTIMIZERS[optimizer]
+        )
+        for network, optimizer in (
+            ("resnet18-batchnorm:width=4", "sgd"),
+            ("vit-small:patch=16,width=8,depth=1", "adamw"),
+        )
     )
     tiny = replace(STUDIES["dan2023-modern"], conditions={"small": conditions})
     tiny.run_at(replace(TINY, epochs=1), "small", tmp_path / "study")
@@ -233,7 +238,9 @@ def made(intra, inter, definition_values=None, classes=3, probes=4, looks=None):
             np.stack(
                 [
                     [
-                        tables.class_tables(series.pairs(u, d), np.ones((1, looks, classes * probes)), classes, k == "out")
+                        tables.class_tables(
+                            series.pairs(u, d), np.ones((1, looks, classes * probes)), classes, k == "out"
+                        )
                         for k in tables.SELF
                     ]
                     for d in study.DEFINITIONS
@@ -270,7 +277,10 @@ def test_every_published_claim_can_hold_and_fail():
         "as published: … its inter mean lies below its intra mean",
         "as published: … its inter mean ends below its intra mean",
     )
-    stays, falls = "as published: the pseudo-KL's intra mean stays near 1", "as published: its inter mean falls with training"
+    stays, falls = (
+        "as published: the pseudo-KL's intra mean stays near 1",
+        "as published: its inter mean falls with training",
+    )
     mixed = "as published: the mixed-norm measure does not separate"
     apart = "as published: … and ends with inter far above intra"
     for name in (starts, above, late, below, ends, stays, falls):

@@ -85,7 +85,9 @@ def test_the_list_is_one_plain_line_a_study_and_never_cut(capsys):
 
 def test_costs_come_from_stored_timings(monkeypatch, tmp_path, toys):
     stored = tmp_path / "timings.json"
-    stored.write_text(json.dumps({"toy-one": {"small": {"seconds": 75.0}, "paper": {"seconds": 10, "measured": False}}}))
+    stored.write_text(
+        json.dumps({"toy-one": {"small": {"seconds": 75.0}, "paper": {"seconds": 10, "measured": False}}})
+    )
     monkeypatch.setattr(reproduction, "TIMINGS", stored)
     assert reproduction.cost("toy-one", toys["toy-one"], "small") == "1 min 15 s"
     assert reproduction.cost("toy-one", toys["toy-one"], "paper") == "10 s (estimated)"

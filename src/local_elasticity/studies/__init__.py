@@ -1,9 +1,9 @@
 """The studies of the papers: one file each, and one line here."""
 
+from local_elasticity.studies.dan2023_cifar10 import CIFAR10
 from local_elasticity.studies.dan2023_cifar100 import CIFAR100
 from local_elasticity.studies.dan2023_flows import FLOWS
 from local_elasticity.studies.dan2023_modern import MODERN
-from local_elasticity.studies.dan2023_cifar10 import CIFAR10
 from local_elasticity.studies.dan2023_regression import REGRESSION
 from local_elasticity.studies.dan2023_ridge import RIDGE
 from local_elasticity.studies.dan2023_svhn import SVHN

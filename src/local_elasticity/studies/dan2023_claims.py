@@ -18,8 +18,8 @@ from local_elasticity.studies.dan2023_tables import (
     Series,
     above_both,
     class_tables,
-    intra_inter,
     interval,
+    intra_inter,
     resampled_means,
 )
 
@@ -328,9 +328,7 @@ def permuted_curves(series: Series, definition: str = PSEUDO) -> ndarray:
     """Run-mean class tables (looks, c, c) of the steps on permuted labels."""
     tables = []
     for _, parts in sorted(series.controls("permuted").items()):
-        s = np.stack(
-            [s_rel_of(*one, definition).numpy() for one in zip(*(parts[k] for k in _PARTS), strict=True)]
-        )
+        s = np.stack([s_rel_of(*one, definition).numpy() for one in zip(*(parts[k] for k in _PARTS), strict=True)])
         tables.append(class_tables(s, np.ones(s.shape[:-1]), len(series.classes), False)[:, 0].mean(0))
     return np.stack(tables) if tables else np.empty((0, len(series.classes), len(series.classes)))
 

@@ -215,9 +215,7 @@ class _Run:
             seed=self.seed,
         )
         self.loss_fn = torch.nn.functional.cross_entropy
-        self.session = _TimedSession(
-            self.model, self.loss_fn, tensors, training, held.tensors(), folder / "checkpoint"
-        )
+        self.session = _TimedSession(self.model, self.loss_fn, tensors, training, held.tensors(), folder / "checkpoint")
         configuration = {**job.settings, **asdict(condition), "run": job.index, "run_seed": self.seed}
         configuration["test_data"] = f"{len(held)} images of the true test split, {job.test.origin}"
         resume = prepare_folder(folder, configuration, overwrite=False)
@@ -418,7 +416,10 @@ class ImageStudy:
             "data_origin": origins,
         }
         prepare_folder(out, settings, overwrite)
-        print(f"{self.title}, {words_of(self, size, scale)}: about {self.cost.get(scale, 'unknown time')}; {workers.words}")
+        print(
+            f"{self.title}, {words_of(self, size, scale)}: {scale} costs about {self.cost.get(scale, 'unknown time')}; "
+            f"{workers.words}"
+        )
         for name, origin in origins.items():
             print(f"{name}: {origin}", flush=True)
         common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr")} | asdict(size)
@@ -427,7 +428,9 @@ class ImageStudy:
         for condition, (images, test) in loaded.items():
             mine = {**common, "data_origin": images.origin}
             for index, folder in self.folders(condition, size, scale, out):
-                job = Job(condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud, self.probes)
+                job = Job(
+                    condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud, self.probes
+                )
                 tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
         started = time.perf_counter()
         with watched([task.record.parent for task in tasks], aloud=workers.backend != "serial"):
@@ -461,7 +464,9 @@ class ImageStudy:
                     records.append(record)
         if not places:
             raise le.InputError(
-                expected="a run of this study with a snapshot", got=f"none in {out}", do="run it first, without --so-far"
+                expected="a run of this study with a snapshot",
+                got=f"none in {out}",
+                do="run it first, without --so-far",
             )
         finished = all((folder / "record.json").exists() for _, folder in places)
         words = self if finished else replace(self, title=f"{self.title} (unfinished)")

@@ -69,7 +69,9 @@ def report(study: ImageStudy, found: Sequence[Series], size: Scale, scale: str, 
         *time_notes_of(found, waiting),
     ]
     path = write_claims(claims, out, title, notes)
-    write_rows(out / "separation.csv", [{"combination": one.condition.name, **r} for one in found for r in table_rows(one)])
+    write_rows(
+        out / "separation.csv", [{"combination": one.condition.name, **r} for one in found for r in table_rows(one)]
+    )
     figure = save(combinations_figure(found, title), out / "figures", "separation")[0]
     print_claims(claims, title)
     for note in notes:
@@ -215,7 +217,10 @@ MODERN = ImageStudy(
     name="dan2023-modern",
     title="dan2023-modern: the image protocol on modern networks and optimisers",
     conditions={"small": _conditions(narrow=True), "paper": _conditions(narrow=False)},
-    sizes={"small": Scale(200, 25, 3, 1, probes_per_class=4, every=12, test_per_class=100), "paper": Scale(5000, 256, 7, 3)},
+    sizes={
+        "small": Scale(200, 25, 3, 1, probes_per_class=4, every=12, test_per_class=100),
+        "paper": Scale(5000, 256, 7, 3),
+    },
     cost={"small": "4 min on 1 core", "paper": "2 days on 1 core"},
     report=report,
     paper="not in the papers",

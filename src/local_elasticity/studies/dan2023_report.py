@@ -91,13 +91,14 @@ def protocol_notes(study: ImageStudy, series: Series, size: Scale) -> list[str]:
         f"{len(series.datasets)} run(s), seeds {', '.join(str(r['seed']) for r in series.records)}; "
         f"{size.probes_per_class} probes a class: {size.probes_per_class**2} pairs in each of "
         f"{len(series.classes) ** 2} class pairs, the same in all runs",
-        "probe steps: " + "; ".join(f"{k} = {v}" for k, v in STEPS.items())
+        "probe steps: "
+        + "; ".join(f"{k} = {v}" for k, v in STEPS.items())
         + "; engine replay, the limit by engine linear",
         f"claims use the published average: mean of ratios, self pairs in, probe {PROBE}; all others in separation.csv",
         "intervals: 95 %, 200 resamples of sources, targets and runs; ranks: 1000 resamples of sources",
         f"train metrics: running means over the epoch; test metrics: true test split, {settings['test_data']} at the "
-        f"looks, {series.records[0]['test_images']} images at the end (the published “test” was drawn from the training "
-        "split)",
+        f"looks, {series.records[0]['test_images']} images at the end (the published “test” was drawn from the "
+        "training split)",
     ]
 
 
@@ -126,8 +127,10 @@ def result_notes(series: Series) -> list[str]:
             intra, inter = (x[-1] for x in intra_inter(flipped))
             notes.append(f"next class's label, {definition}: at the end intra {intra:.4g}, inter {inter:.4g}")
     difference, ends = sharper(series, PROBE, PSEUDO, "he_su")
-    notes.append(f"pseudo-KL against L2 of raw outputs, {PROBE}: rank difference {difference:+.3f} "
-                 f"[{ends[0]:.3f}, {ends[1]:.3f}]")
+    notes.append(
+        f"pseudo-KL against L2 of raw outputs, {PROBE}: rank difference {difference:+.3f} "
+        f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+    )
     return notes
 
 
@@ -256,4 +259,3 @@ def joined(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Runs side by side along ``replica``; the large outputs stay in the runs."""
     small = [data.drop_vars([n for n in ("before", "after", "source_before", "source_after")]) for data in datasets]
     return xr.concat(small, dim="replica", data_vars="all", coords="minimal", combine_attrs="override", join="override")
-

@@ -95,9 +95,7 @@ class Series:
         self, update: str, definition: str, statistic: str = "mean", self_pairs: str = "in"
     ) -> Float[ndarray, "runs looks c c"]:
         """Class tables of one measure."""
-        return self.tables.sel(
-            update=update, definition=definition, statistic=statistic, self_pairs=self_pairs
-        ).values
+        return self.tables.sel(update=update, definition=definition, statistic=statistic, self_pairs=self_pairs).values
 
     def auc(self, update: str, definition: str) -> Float[ndarray, "runs looks s"]:
         """For every source: the probability that a target of its class has a larger S_rel than one of another class.

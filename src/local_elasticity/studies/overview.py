@@ -134,7 +134,8 @@ def _page(
         tds = "".join(f"<td>{html.escape(cells[column])}</td>" for column in COLUMNS[:5])
         mark = {"fails": "✗", "holds": "✓", "open": "–"}[worst]
         body.append(
-            f'<tr class="{worst}">{tds}<td class="verdict">{mark} {html.escape(cells["verdict"])}</td><td>{link}</td></tr>'
+            f'<tr class="{worst}">{tds}<td class="verdict">{mark} {html.escape(cells["verdict"])}</td>'
+            f"<td>{link}</td></tr>"
         )
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in COLUMNS)
     notes = "".join(f"<li>{html.escape(name)}: not run: {html.escape(why)}</li>" for name, why in refused.items())
@@ -176,7 +177,8 @@ td {{ max-width: 20rem; }}
 th {{ position: sticky; top: 0; background: #fff; }}
 td:nth-child(1) {{ white-space: nowrap; color: var(--soft); }} td:nth-child(3) {{ color: var(--soft); }}
 .verdict {{ white-space: nowrap; font-weight: 600; }}
-.holds .verdict {{ color: var(--blue); }} .fails .verdict {{ color: var(--red); }} .open .verdict {{ color: var(--soft); }}
+.holds .verdict {{ color: var(--blue); }} .fails .verdict {{ color: var(--red); }}
+.open .verdict {{ color: var(--soft); }}
 figure {{ margin: 1rem 0; }} figure img {{ max-width: min(100%, 900px); height: auto; }}
 figcaption {{ color: var(--soft); font-size: .85rem; }}
 a {{ color: var(--blue); }} :focus-visible {{ outline: 3px solid #E69F00; }}

@@ -204,7 +204,11 @@ class Note:
         revision = (old or {}).get("git_revision")
         if revision and revision != self.content["git_revision"]:
             print(f"{self.folder} was begun at revision {revision[:12]}; going on at {git_revision()[:12]}")
-        if not self.folder.exists() or is_ours(self.folder) or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if (
+            not self.folder.exists()
+            or is_ours(self.folder)
+            or (self.folder.is_dir() and not any(self.folder.iterdir()))
+        ):
             self.write()  # anything else is refused by the study, and left as it is
 
     def withdraw(self) -> None:
@@ -290,7 +294,10 @@ def reproduce(
     orders = [Order(name, scale, {}, place / f"{name}-{scale}", overwrite, workers) for name in wanted]
     known = [seconds for name in wanted if (seconds := cost_seconds(name, scale)) is not None]
     more = "" if len(known) == len(wanted) else f", and {len(wanted) - len(known)} that have no stored timing"
-    print(f"{len(wanted)} studies, scale {scale}: about {duration(sum(known))} of work by stored timings{more}", flush=True)
+    print(
+        f"{len(wanted)} studies, scale {scale}: about {duration(sum(known))} of work by stored timings{more}",
+        flush=True,
+    )
     if workers.jobs > 1 and scale == "small":
         refused = _side_by_side(orders, place, workers)
     else:
