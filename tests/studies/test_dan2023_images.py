@@ -145,12 +145,12 @@ def test_an_interrupted_study_continues_to_the_same_numbers(data, tmp_path, monk
                 np.testing.assert_allclose(found, wanted, rtol=1e-12)
     stored = data0.sel(update=study.PROBE, definition="kl_published").isel(step=-1)
     assert float(stored["intra"]) == pytest.approx(
-        tables.intra_inter(one.curves(study.PROBE, "kl_published"))[0][0, -1], rel=1e-12
+        tables.intra_inter(one.curves(study.PROBE, "kl_published"))[0][0, -1], rel=1e-6
     )
     # The limit is what ever smaller steps come to.
-    for definition in ("kl", "l2", "he_su"):
-        small_step, limit = (one.pairs(update, definition)[:, 0] for update in ("sgd:0.0001", study.LIMIT))
-        assert np.median(np.abs(small_step / limit - 1)) < 0.1
+    for definition in ("kl", "kl_reverse", "l2", "he_su"):  # without eps, which such small divergences do not exceed
+        small_step = run.s_rel(definition, "sgd:0.0001", eps=0.0).values[0]
+        assert np.median(np.abs(small_step / one.pairs(study.LIMIT, definition)[0, 0] - 1)) < 0.05
     # No step at all: the published measure equals its formula.
     assert judge.no_step_error(one) <= 1e-12
     assert not np.allclose(judge.stillness(data0["before"].values[-1]), 1.0, atol=1e-3)

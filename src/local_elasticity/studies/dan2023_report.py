@@ -112,6 +112,11 @@ def result_notes(series: Series) -> list[str]:
         "pairs whose movement is lost in float32 rounding: "
         + ", ".join(f"{COLUMNS[u]} {share:.1%}" for u, share in noise.items() if u != LIMIT),
     ]
+    eps = series.below_eps(NEW)
+    notes.append(
+        "sources whose KL is below the definition's eps of 1e-8, which then decides their S_rel: "
+        + ", ".join(f"{COLUMNS[u]} {share:.0%}" for u, share in eps.items() if u != LIMIT)
+    )
     for definition in DEFINITIONS:
         often = {s: how_often(series, PROBE, definition, s) for s in ("mean", "median", "ratio_of_means")}
         alone = how_often(series, PROBE, definition, "mean", "out")

@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from local_elasticity.parallel import read_record
 from local_elasticity.runs import locate, open_run
-from local_elasticity.similarity import at_limit, movements, outputs_of, s_rel_of
+from local_elasticity.similarity import at_limit, get_definition, movements, outputs_of, s_rel_of
 from local_elasticity.studies.dan2023_images import DEFINITIONS, PROBE, PROBES, Condition
 
 STATISTICS = ("mean", "median", "ratio_of_means")
@@ -108,6 +108,14 @@ class Series:
         """Share of pairs whose movement is lost in rounding, by probe step."""
         shares = [data["below_noise_fraction"] for data in self.datasets]
         return {u: float(np.mean([share.sel(update=u).values.mean() for share in shares])) for u in PROBES}
+
+    def below_eps(self, definition: str) -> dict[str, float]:
+        """Share of (run, look, source) whose movement, without it, is smaller than the eps beside it, by probe step."""
+        eps, shares = get_definition(definition).eps, {}
+        for update in PROBES:
+            moved = np.stack([_denominators(data, update, definition) for data in self.datasets])
+            shares[update] = float((moved - eps < eps).mean())
+        return shares
 
     def controls(self, name: str) -> dict[int, dict[str, Float[ndarray, "runs ..."]]]:
         """Outputs of a control by step, runs stacked; steps that not all runs have are left out."""
