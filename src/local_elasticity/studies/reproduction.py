@@ -469,12 +469,13 @@ LARGEST_KEPT = 400 * 2**10  # bytes of a file under docs/results
 def keep_results(orders: Sequence[Order], place: Path, scale: str, results: Path) -> None:
     """Copy the tables and figures of the studies, small files only, and the timings."""
     results.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
+    found = timings()  # what was not run now keeps its timing
     for order in orders:
         note = read_note(order.folder)
         if note is None or note["status"] is None:
             continue
-        found[order.name] = {scale: {"seconds": round(note["seconds"], 1), "machine": note["machine"]}}
+        now = {"seconds": round(note["seconds"], 1), "machine": note["machine"]}
+        found[order.name] = {**found.get(order.name, {}), scale: now}
         target = results / order.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
