@@ -10,7 +10,7 @@ VENV_STATE := $(shell test -e $(VENV) || { echo absent; exit; }; \
 	test "$$(cat $(VENV)/.where 2>/dev/null || echo '$(HERE)')" = '$(HERE)' && \
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ready || echo broken)
 
-.PHONY: help demo test lint bench docs clean FORCE
+.PHONY: help demo test lint bench docs results clean FORCE
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-data-report  ## train a small network on digits, follow
 	  --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --definition kl_published --seed 0 \
 	  --out runs/digits
 
-test: $(VENV)/.installed-data-report-regression-test  ## all tests, and the README's code
+test: $(VENV)/.installed-data-report-regression-ray-dask-test  ## all tests, and the README's code
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; changes nothing
@@ -31,6 +31,10 @@ lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; chang
 
 bench: $(VENV)/.installed-data-report  ## time a snapshot beside the plain loop and the bare passes
 	$(BIN)/local-elasticity bench snapshot
+
+results: $(VENV)/.installed-data-report-regression-cluster  ## run every study at small scale, keep tables and figures in docs/results
+	$(BIN)/local-elasticity reproduce all --scale small --jobs 2 --results docs/results || test $$? -eq 1
+	cp docs/results/timings.json src/local_elasticity/studies/timings.json
 
 docs: $(VENV)/.installed-data-report-test  ## run the Python code in README.md and docs/ (builds no site)
 	$(BIN)/python -m pytest -q README.md docs

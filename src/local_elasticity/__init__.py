@@ -6,6 +6,7 @@ from local_elasticity import collapse, data, flows, lesde, networks, similarity
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.errors import IdentifiabilityWarning, InputError, NoiseWarning
 from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
+from local_elasticity.impact.ranks import measure_across_ranks
 from local_elasticity.kernel_similarity import s_ker, s_rel_limit
 from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, estimate, impact_matrix
 from local_elasticity.runs import Run, open_run
@@ -51,6 +52,7 @@ __all__ = [  # grouped as the work goes: update, moment, definitions, tables, tr
     "lesde",
     "log_spaced",
     "measure",
+    "measure_across_ranks",
     "measure_tiles",
     "networks",
     "open_ensemble",

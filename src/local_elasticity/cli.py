@@ -831,46 +831,64 @@ def bench(name: str = "snapshot", *, quick: bool = False, out: Path | None = Non
 
 @app.command
 def reproduce(
-    name: str | None = None,
-    *,
+    *names: str,
     scale: Literal["small", "paper"] = "small",
+    size: Words = None,
     out: Path | None = None,
     list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
+    backend: Literal["serial", "loky", "ray", "dask"] | None = None,
+    jobs: int = 1,
+    address: str | None = None,
     overwrite: bool = False,
     trainings: Path | None = None,
     train_only: bool = False,
     only: Literal["geomnist", "cifar10"] | None = None,
+    results: Path | None = None,
+    so_far: bool = False,
 ) -> int:
-    """Run a study of the papers and judge its claims; exit status 1 when a claim fails.
+    """Run studies of the papers and judge their claims; exit status 1 when a claim that was expected to hold does not.
 
     Example: local-elasticity reproduce dan2023-cifar10 --scale small
 
     Args:
-        name: the study.
+        names: the studies, or all; several end with a page that joins their claims.
         scale: small (minutes) or paper (the published size).
-        out: folder of the study; runs/NAME-SCALE by default.
-        list_: list the studies.
+        size: a size between, as NAME=VALUE: for example --size epochs=7 runs=1 every=18; the tables say so.
+        out: folder of the study (of several: the folder of their folders); runs/NAME-SCALE by default. A study that
+            was interrupted continues there.
+        list_: list the studies: paper, figure, claim, and what they cost.
+        from_: replay the study that made this folder, with its settings and seeds.
+        backend: where independent runs are made: serial, loky (processes here), ray or dask (a cluster).
+        jobs: runs at once; with more than one, loky unless a backend is named.
+        address: of a running Ray or dask cluster, HOST:PORT.
         overwrite: throw away what is already there.
         trainings: for studies of ensembles: a folder of trainings to share; else those of neighbouring studies are.
         train_only: for studies of ensembles: stop after the trainings.
         only: for studies of ensembles: one of their data sets.
+        results: keep the tables, figures and timings of all studies here too, small files only.
+        so_far: judge and draw what an unfinished study has so far; nothing is run.
     """
-    from local_elasticity.studies import STUDIES
+    from local_elasticity.parallel import Workers
+    from local_elasticity.studies import reproduction
 
-    if list_ or name is None:
-        for key, study in sorted(STUDIES.items()):
-            print(f"{key}: {study.title} (small: {study.cost['small']}; paper: {study.cost['paper']})")
-        return 0
-    if name not in STUDIES:
-        raise InputError(expected="a study", got=repr(name), do=nearest(name, STUDIES))
-    study, place = STUDIES[name], out or Path("runs") / f"{name}-{scale}"
-    if getattr(study, "trains", False):
-        return study.run(scale, place, overwrite=overwrite, trainings=trainings, train_only=train_only, only=only)
-    if trainings is not None or train_only or only:
-        raise InputError(
-            expected="a study of ensembles", got=f"{name} with --trainings, --train-only or --only", do="leave it out"
-        )
-    return study.run(scale, place, overwrite=overwrite)
+    if list_ or not (names or from_):
+        return reproduction.show_list(sys.stdout.isatty())
+    workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
+    if from_ is not None:
+        return reproduction.replay(from_, out, workers, overwrite)
+    if so_far:
+        return reproduction.so_far(names, scale, _sizes(size), out)
+    ensembles = {"trainings": trainings, "train_only": train_only, "only": only}
+    return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite, results, ensembles)
+
+
+def _sizes(words: list[str] | None) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words or ()]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise InputError(expected="sizes as NAME=VALUE", got=repr(name + equals + value), do="for example runs=1")
+    return {name: value for name, _, value in pairs}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ __all__ = [
     "BasicBlock",
     "ResNet18",
     "SimpleConv",
+    "TransformerBlock",
+    "VisionTransformer",
     "build",
     "register",
     "resnet18_batchnorm",
@@ -88,23 +91,26 @@ class ResNet18(nn.Module):
         n_classes: outputs.
         in_channels: channels of the images.
         norm: makes the normalisation layer of a number of channels.
+        width: channels of the first stage; 64 is the network of the paper, fewer make it narrow everywhere.
     """
 
-    def __init__(self, n_classes: int, in_channels: int, norm: Norm) -> None:
+    def __init__(self, n_classes: int, in_channels: int, norm: Norm, width: int = 64) -> None:
         super().__init__()
         _check_count("n_classes", n_classes)
         _check_count("in_channels", in_channels)
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm(64)
+        _check_count("width", width)
+        self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1, norm), BasicBlock(64, 64, 1, norm))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2, norm), BasicBlock(128, 128, 1, norm))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2, norm), BasicBlock(256, 256, 1, norm))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2, norm), BasicBlock(512, 512, 1, norm))
+        w = width
+        self.layer1 = nn.Sequential(BasicBlock(w, w, 1, norm), BasicBlock(w, w, 1, norm))
+        self.layer2 = nn.Sequential(BasicBlock(w, 2 * w, 2, norm), BasicBlock(2 * w, 2 * w, 1, norm))
+        self.layer3 = nn.Sequential(BasicBlock(2 * w, 4 * w, 2, norm), BasicBlock(4 * w, 4 * w, 1, norm))
+        self.layer4 = nn.Sequential(BasicBlock(4 * w, 8 * w, 2, norm), BasicBlock(8 * w, 8 * w, 1, norm))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(512, n_classes)
+        self.fc = nn.Linear(8 * w, n_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -205,36 +211,121 @@ class MLP(nn.Module):
         return self.out(self.hidden(self.flatten(x)))
 
 
-def resnet18_plain(n_classes: int, in_channels: int = 3) -> ResNet18:
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al., arXiv:2010.11929), normalised before each block.
+
+    Patches as tokens, learned positions, ``depth`` blocks of self-attention and a two-layer perceptron (GELU, four
+    times as wide), a last layer norm, the mean over tokens, one linear layer. No dropout, no class token.
+
+    Args:
+        n_classes: outputs.
+        in_channels: channels of the images.
+        image_size: height and width of the images.
+        patch: height and width of a patch; must divide ``image_size``.
+        width: numbers in a token.
+        depth: blocks.
+        heads: of attention; must divide ``width``.
+
+    Raises:
+        InputError: for patches or heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        in_channels: int = 3,
+        image_size: int = 32,
+        patch: int = 4,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        for name, count in (("n_classes", n_classes), ("in_channels", in_channels), ("patch", patch)):
+            _check_count(name, count)
+        for name, count in (("width", width), ("depth", depth), ("heads", heads)):
+            _check_count(name, count)
+        if image_size % patch or width % heads:
+            raise InputError(
+                expected="a patch that divides the image and heads that divide the width",
+                got=f"patch={patch} of {image_size}, heads={heads} of {width}",
+                do="for example patch=4, width=64, heads=4",
+            )
+        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, n_classes)
+
+    def forward(self, x: Float[Tensor, "samples channels height width"]) -> Float[Tensor, "samples classes"]:
+        """Compute the logits."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.fc(self.norm(self.blocks(tokens)).mean(dim=1))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a two-layer perceptron, each normalised before and with a way around.
+
+    Args:
+        width: numbers in a token.
+        heads: of attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 4 * width)
+        self.gelu = nn.GELU()
+        self.back = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "samples tokens width"]) -> Float[Tensor, "samples tokens width"]:
+        """Compute x + attention, then + perceptron."""
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # written out, because forward-mode differentiation does not know the fused kernel
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // self.heads), dim=-1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, tokens, width))
+        return x + self.back(self.gelu(self.hidden(self.norm2(x))))
+
+
+def resnet18_plain(n_classes: int, in_channels: int = 3, width: int = 64) -> ResNet18:
     """Make the paper's ResNet-18: without any normalisation (11,168,451 parameters for three classes).
 
     Without batch statistics one example's prediction does not depend on its batch, which a probe update needs.
     Source: arXiv:2111.01166, published notebooks.
     """
-    return ResNet18(n_classes, in_channels, lambda channels: nn.Identity())
+    return ResNet18(n_classes, in_channels, lambda channels: nn.Identity(), width)
 
 
-def resnet18_batchnorm(n_classes: int, in_channels: int = 3) -> ResNet18:
+def resnet18_batchnorm(n_classes: int, in_channels: int = 3, width: int = 64) -> ResNet18:
     """Make the ResNet-18 of He et al. (arXiv:1512.03385), batch normalisation after every convolution."""
-    return ResNet18(n_classes, in_channels, nn.BatchNorm2d)
+    return ResNet18(n_classes, in_channels, nn.BatchNorm2d, width)
 
 
-def resnet18_groupnorm(n_classes: int, in_channels: int = 3, groups: int = 32) -> ResNet18:
+def resnet18_groupnorm(n_classes: int, in_channels: int = 3, groups: int = 32, width: int = 64) -> ResNet18:
     """Make a ResNet-18 with group normalisation (Wu & He, arXiv:1803.08494), free of batch statistics.
 
     Args:
         n_classes: outputs.
         in_channels: channels of the images.
         groups: groups in every layer: 32 (that paper's choice) puts 2 channels of the first stage and 16 of the last
-            in a group. Must divide 64.
+            in a group. Must divide ``width``.
+        width: channels of the first stage.
 
     Raises:
-        InputError: when ``groups`` does not divide 64, the smallest number of channels.
+        InputError: when ``groups`` does not divide ``width``, the smallest number of channels.
     """
     _check_count("groups", groups)
-    if 64 % groups:
-        raise InputError(expected="groups that divide 64 channels", got=f"groups={groups}", do="use 1, 2, 4, ... 64")
-    return ResNet18(n_classes, in_channels, lambda channels: nn.GroupNorm(groups, channels))
+    _check_count("width", width)
+    if width % groups:
+        raise InputError(
+            expected=f"groups that divide {width} channels", got=f"groups={groups}", do=f"use 1, 2, 4, ... {width}"
+        )
+    return ResNet18(n_classes, in_channels, lambda channels: nn.GroupNorm(groups, channels), width)
 
 
 # --- by name -----------------------------------------------------------------------------------------------------
@@ -262,18 +353,32 @@ def _mlp(n_classes: int, example_shape: Sequence[int], *, depth: int = 2, width:
 
 
 @register("resnet18-plain")
-def _resnet18_plain(n_classes: int, example_shape: Sequence[int]) -> nn.Module:
-    return resnet18_plain(n_classes, _channels(example_shape))
+def _resnet18_plain(n_classes: int, example_shape: Sequence[int], *, width: int = 64) -> nn.Module:
+    return resnet18_plain(n_classes, _channels(example_shape), width)
 
 
 @register("resnet18-batchnorm")
-def _resnet18_batchnorm(n_classes: int, example_shape: Sequence[int]) -> nn.Module:
-    return resnet18_batchnorm(n_classes, _channels(example_shape))
+def _resnet18_batchnorm(n_classes: int, example_shape: Sequence[int], *, width: int = 64) -> nn.Module:
+    return resnet18_batchnorm(n_classes, _channels(example_shape), width)
 
 
 @register("resnet18-groupnorm")
-def _resnet18_groupnorm(n_classes: int, example_shape: Sequence[int], *, groups: int = 32) -> nn.Module:
-    return resnet18_groupnorm(n_classes, _channels(example_shape), groups)
+def _resnet18_groupnorm(
+    n_classes: int, example_shape: Sequence[int], *, groups: int = 32, width: int = 64
+) -> nn.Module:
+    return resnet18_groupnorm(n_classes, _channels(example_shape), groups, width)
+
+
+@register("vit-small")
+def _vit_small(
+    n_classes: int, example_shape: Sequence[int], *, patch: int = 4, width: int = 64, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    channels, (height, other) = _channels(example_shape), example_shape[1:]
+    if height != other:
+        raise InputError(
+            expected="square images", got=f"examples of shape {tuple(example_shape)}", do="crop or resize the images"
+        )
+    return VisionTransformer(n_classes, channels, height, patch, width, depth, heads)
 
 
 @register("simple-conv")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FORMAT = "local-elasticity run"
 FORMAT_VERSION = 1
 MADE_BY = "local-elasticity"  # marks a config.json as ours: folders without it are never emptied
+STUDY_NOTE = "study.json"  # what `reproduce` writes into a study's folder
 OUTPUTS = {
     "before": ("step", "target", "output"),
     "after": ("step", "update", "source", "target", "output"),
@@ -86,14 +87,20 @@ class Run:
             )
         outputs: Any = data.attrs.get("outputs", "logits")
         several = "update" in data["after"].dims
+        limits = [str(name) in data.attrs.get("limits", ()) for name in np.atleast_1d(data["update"].values)]
         steps = []
         for index in range(data.sizes["step"]):
             at = data.isel(step=index)
             after = at["after"].values if several else at["after"].values[None]
             own = at["source_after"].values if several else at["source_after"].values[None]
             ratios = [
-                s_rel_of(at["before"].values, a, at["source_before"].values, o, definition, outputs=outputs, eps=eps)
-                for a, o in zip(after, own, strict=True)
+                s_rel_of(
+                    *(at["before"].values, a, at["source_before"].values, o, definition),
+                    outputs=outputs,
+                    eps=eps,
+                    limit=limit,
+                )
+                for a, o, limit in zip(after, own, limits, strict=True)
             ]
             steps.append(np.stack([np.asarray(ratio) for ratio in ratios])[slice(None) if several else 0])
         dims = ("step", "update", "source", "target") if several else ("step", "source", "target")
@@ -388,7 +395,8 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
     partial = note.with_suffix(".partial")
     stored = _stored_configuration(note)
     ours = locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
-    if out.exists() and not ours and any(path != partial for path in out.iterdir()):
+    notes = (note, partial, out / STUDY_NOTE, out / f"{STUDY_NOTE}.partial")
+    if out.exists() and not ours and any(path not in notes for path in out.iterdir()):
         raise InputError(
             expected="an empty folder, or one that a run or a study made",
             got=f"something else in {out}",
@@ -397,7 +405,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
     if overwrite and ours:
         shutil.rmtree(out)
         stored = None
-    elif ours and all(path in (note, partial) for path in out.iterdir()):
+    elif ours and all(path in notes for path in out.iterdir()):
         stored = None  # a run that failed before it wrote anything may be tried again with other settings
     out.mkdir(parents=True, exist_ok=True)
     now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
@@ -411,6 +419,12 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
     partial.write_text(json.dumps(now, indent=2))
     partial.replace(note)
     return locate(out) is not None
+
+
+def is_ours(out: Path) -> bool:
+    """Whether this folder was made by a run or a study of ours."""
+    stored = _stored_configuration(out / "config.json")
+    return locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
 
 
 def _stored_configuration(note: Path) -> dict[str, Any] | None:

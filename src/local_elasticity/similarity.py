@@ -31,6 +31,7 @@ On = Literal["outputs", "change", "probabilities", "log_probabilities"]
 Outputs = Literal["logits", "probabilities", "values"]
 Movement = Callable[..., Tensor]
 
+LIMIT_SIZE = 1e-6  # largest change of an output at which every definition is at its small-step limit
 _CHUNK_NUMBERS = 1 << 22  # float64 numbers held at once while the numerators are computed
 _ROW_SUM_TOLERANCE = 1e-3
 
@@ -176,6 +177,7 @@ def s_rel_of(
     definition: str | Definition = "kl",
     outputs: Outputs = "logits",
     eps: float | None = None,
+    limit: bool = False,
 ) -> Float[Tensor, "s t"]:
     """``s_rel`` from plain tensors or arrays, for outputs that were stored or measured elsewhere.
 
@@ -187,10 +189,39 @@ def s_rel_of(
         definition: a name in ``DEFINITIONS``.
         outputs: what the numbers are: ``"logits"``, ``"probabilities"`` or ``"values"``.
         eps: added to the denominator; the definition's own unless given.
+        limit: the changes are first-order ones: take the definition's small-step limit (see ``at_limit``).
     """
+    found = outputs_of(before, after, source_before, source_after, outputs)
+    return s_rel(at_limit(found), definition, eps or 0.0) if limit else s_rel(found, definition, eps)
+
+
+def outputs_of(
+    before: Any, after: Any, source_before: Any, source_after: Any, outputs: Outputs = "logits"
+) -> ImpactLike:
+    """An impact made of plain tensors or arrays, shaped as in ``s_rel_of``."""
     b, a, sb, sa = (_float64(x) for x in (before, after, source_before, source_after))
     _check_shapes(b, a, sb, sa)
-    return s_rel(_Outputs(b, a, sb, sa, a - b, sa - sb, outputs), definition, eps)
+    return _Outputs(b, a, sb, sa, a - b, sa - sb, outputs)
+
+
+def at_limit(impact: ImpactLike, together: bool = False) -> ImpactLike:
+    """The same first-order change, made so small that every definition is at its small-step limit.
+
+    The changes of a source are scaled, the largest to 1e-6, which scales numerator and denominator alike. Evaluate with
+    ``eps=0``. In float64 the limit is reached to about 1e-6 of itself, rounding far below.
+
+    Args:
+        impact: of the engine "linear".
+        together: one scale for all sources, so that their movements stay comparable (for ratios of means); sources
+            that move much less than the largest then lose digits.
+    """
+    change, own = _float64(impact.change), _float64(impact.source_change)
+    largest = torch.maximum(change.abs().amax((1, 2)), own.abs().amax(1))
+    largest = largest.amax().expand_as(largest) if together else largest
+    scale = torch.where(largest > 0, LIMIT_SIZE / largest, 0.0)
+    change, own = change * scale[:, None, None], own * scale[:, None]
+    before, source_before = _float64(impact.before), _float64(impact.source_before)
+    return _Outputs(before, before + change, source_before, source_before + own, change, own, impact.outputs)
 
 
 def movements(

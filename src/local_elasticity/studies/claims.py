@@ -21,6 +21,10 @@ class Claim:
         seen: what this run saw.
         interval: how sure: the interval, and of what.
         verdict: "holds", "fails", or "not judged" at this scale.
+        kind: "as published" (the quantity that the code computed), "as defined" (the paper's formula), "control" or
+            "derived"; read from the name where it is left out.
+        source: which claim of the specification, for example "C1".
+        figure: the figure that shows it, relative to the study's folder.
     """
 
     name: str
@@ -28,6 +32,12 @@ class Claim:
     seen: str
     interval: str
     verdict: Verdict
+    kind: str = ""
+    source: str = ""
+    figure: str = ""
+
+
+COLUMNS = ("name", "expected", "seen", "interval", "verdict")
 
 
 def judged(condition: bool) -> Verdict:
@@ -62,5 +72,5 @@ def print_claims(claims: Sequence[Claim], title: str) -> None:
     for heading in ("claim", "expected", "seen", "interval", "verdict"):
         table.add_column(heading)
     for claim in claims:
-        table.add_row(*(text.replace("[", r"\[") for text in asdict(claim).values()))
+        table.add_row(*(getattr(claim, column).replace("[", r"\[") for column in COLUMNS))
     Console().print(table)

@@ -1,25 +1,38 @@
-"""Study dan2023: S_rel through the training of ResNet-18 on three image classes (arXiv 2111.01166; spec srel 3.1)."""
+"""The image studies of the first paper: one protocol on any classes and network (arXiv 2111.01166; spec srel 3.1).
+
+Every run keeps the outputs before and after each probe step, so that all definitions are evaluated on the same
+trajectory afterwards: `dan2023_tables` does that, `dan2023_claims` judges.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xarray as xr
+from torch import Tensor
 
 import local_elasticity as le
+from local_elasticity.data.images import LabelledImages
 from local_elasticity.impact.progress import duration
+from local_elasticity.parallel import Task, Workers, perform
 from local_elasticity.runs import prepare_folder
-from local_elasticity.studies.claims import Claim, judged, print_claims, status, write_claims
+from local_elasticity.studies.pieces import kept
 from local_elasticity.training.loop import Session, Training
 
 DEFINITIONS = ("kl_published", "suhe_published", "kl", "kl_reverse", "l1", "l2", "he_su")
-PROBE = "adam:0.0001"
+PROBE, LIVE, LIMIT = "adam:0.0001", "optimizer", "sgd:limit"
+PROBES = (PROBE, "sgd:0.01", "sgd:0.0001", LIVE, LIMIT)
 MEASURE = "kl_published"
+HELD = 200  # test images a class looked at with each snapshot
 
 
 @dataclass(frozen=True)
@@ -31,234 +44,478 @@ class Scale:
         batch_size: images in one update; smaller rests are dropped.
         epochs: passes over the data.
         runs: repetitions with other initial weights and another order of the data.
+        probes_per_class: fixed sources and targets a class.
+        every: look when the batch's number in its epoch is a multiple of this.
+        test_per_class: images of the true test split looked at with each snapshot.
     """
 
     per_class: int
     batch_size: int
     epochs: int
     runs: int
+    probes_per_class: int = 20
+    every: int = 9
+    test_per_class: int = HELD
 
 
-SCALES = {"small": Scale(200, 25, 3, 1), "paper": Scale(5000, 256, 7, 3)}
+@dataclass(frozen=True)
+class Condition:
+    """What is trained on what.
+
+    Attributes:
+        data: name of the data set.
+        classes: its classes, in the paper's order.
+        network: name of the network.
+        optimizer: of training.
+        lr: of training.
+        weight_decay: of training.
+        momentum: of training.
+        labels: of CIFAR-100: "fine" or "coarse".
+    """
+
+    data: str
+    classes: tuple[str, ...]
+    network: str = "resnet18-plain"
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    momentum: float = 0.0
+    labels: str = "fine"
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        return f"{self.data}-{self.network.partition(':')[0]}-{self.optimizer}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: everything that a worker needs.
+
+    Attributes:
+        condition: what is trained on what.
+        size: of the study.
+        probe_lr: of the published probe, a fresh Adam.
+        index: number of the run.
+        seed: of data, probes and the first run.
+        images: to train on.
+        test: of the true test split.
+        settings: of the study, kept with the run.
+        folder: of the run.
+        aloud: print a line with every snapshot.
+        probes: the probe steps, names of ``PROBES``.
+    """
+
+    condition: Condition
+    size: Scale
+    probe_lr: float
+    index: int
+    seed: int
+    images: LabelledImages
+    test: LabelledImages
+    settings: Mapping[str, Any]
+    folder: Path
+    aloud: bool
+    probes: tuple[str, ...] = PROBES
+
+
+def load(condition: Condition, size: Scale, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Training images, so many a class, and all test images of the same source."""
+    options: dict[str, Any] = {"labels": condition.labels} if condition.data == "cifar100" else {}
+    if condition.data.startswith("cifar"):
+        wanted = {"at_least": size.per_class, "classes": condition.classes}
+        images = le.data.load(condition.data, "train", **options, **wanted)
+        test = le.data.load(condition.data, "test", **options, source=images.source, classes=condition.classes)
+    else:
+        images, test = (le.data.load(condition.data, split).subset(condition.classes) for split in ("train", "test"))
+    return images.take(size.per_class, seed), test
+
+
+def track_run(job: Job) -> dict[str, Any]:
+    """Train and track one run, or continue it; returns its record.
+
+    The outputs before and after every probe step go to ``run.zarr`` in the run's folder, the controls (a step on a
+    permuted label, and no step at all) to one file a look, at the last look of each epoch.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", le.NoiseWarning)  # the fraction of such pairs is in the tables
+        return _Run(job).follow()
+
+
+class _Clock:
+    """Seconds by what they were spent on; kept on disk, so that they add up over interruptions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - started)
+
+    def add(self, what: str, seconds: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.seconds))
+        os.replace(partial, self.path)
+
+
+class _TimedSession(Session):
+    """A session that says what its seconds were spent on."""
+
+    clock: _Clock
+
+    def _update(self, positions: Tensor) -> float:
+        with self.clock("training"):
+            return super()._update(positions)
+
+    def _scalars(self) -> dict[str, Any]:
+        def timed(look: Callable[[], float]) -> Callable[[], float]:
+            def number() -> float:
+                with self.clock("testing"):
+                    return look()
+
+            return number
+
+        return {name: timed(x) if callable(x) else x for name, x in super()._scalars().items()}
+
+    def save(self, step: int) -> None:
+        """As the session's, timed."""
+        with self.clock("saving"):
+            super().save(step)
+        self.clock.save()
+
+
+class _Run:
+    """One run from its first update, or its last snapshot, to its record."""
+
+    def __init__(self, job: Job) -> None:
+        condition, size, folder = job.condition, job.size, job.folder
+        self.job = job
+        self.seed = job.seed + job.index
+        tensors = job.images.tensors(augment=job.seed)
+        self.probes = le.data.probes(job.images, per_class=size.probes_per_class, seed=job.seed, tensors=tensors)
+        held = job.test.take(min(size.test_per_class, int(job.test.counts.min())), job.seed)
+        torch.manual_seed(self.seed)
+        self.model = le.networks.build(condition.network, len(condition.classes), job.images.shape)
+        training = Training(
+            size.epochs,
+            size.batch_size,
+            condition.optimizer,
+            condition.lr,
+            condition.weight_decay,
+            condition.momentum,
+            drop_last=True,
+            seed=self.seed,
+        )
+        self.loss_fn = torch.nn.functional.cross_entropy
+        self.session = _TimedSession(self.model, self.loss_fn, tensors, training, held.tensors(), folder / "checkpoint")
+        configuration = {**job.settings, **asdict(condition), "run": job.index, "run_seed": self.seed}
+        configuration["test_data"] = f"{len(held)} images of the true test split, {job.test.origin}"
+        resume = prepare_folder(folder, configuration, overwrite=False)
+        self.session.clock = self.clock = _Clock(folder / "clock.json")
+        updates: dict[str, le.Update] = {
+            PROBE: le.Adam(lr=job.probe_lr),
+            "sgd:0.01": le.SGD(lr=1e-2),
+            "sgd:0.0001": le.SGD(lr=1e-4),
+            LIMIT: le.SGD(lr=1.0),
+            LIVE: le.from_optimizer(self.session.optimizer),
+        }
+        self.tracker = le.Tracker(
+            self.model,
+            self.loss_fn,
+            self.probes,
+            update={name: update for name, update in updates.items() if name in job.probes},
+            limits=[LIMIT] if LIMIT in job.probes else [],
+            definitions=DEFINITIONS,
+            schedule=le.every(size.every, per="epoch"),
+            store=folder / "run.zarr",
+            resume=resume,
+            keep="outputs",
+            route="step",  # fixed, so that no timing decides numbers
+            check_pairs=0,  # the limit is among the probes
+            configuration=configuration,
+            seed=job.seed,
+            before_commit=self.session.save,
+        )
+        if resume and self.tracker.resume_step:
+            self.session.load(self.tracker.resume_step)
+            self._control(self.tracker.resume_step)
+
+    def follow(self) -> dict[str, Any]:
+        """Train to the end."""
+        looks, spent = 0, self.clock.seconds
+        started, first = time.perf_counter(), self.session.updates
+        for progress in self.session.run(self.tracker):
+            if progress.look is None:
+                continue
+            looks += 1
+            self._control(progress.update)
+            left = (time.perf_counter() - started) / (progress.update - first) * (progress.total - progress.update)
+            self._tell(progress, left)
+        run = self.tracker.finish()
+        self.clock.add("looks", float(run.dataset["seconds"].sum()) - self.clock.seconds.get("looks", 0.0))
+        loss, accuracy = self._whole_test()
+        last = run.dataset.isel(step=-1)
+        return {
+            "condition": self.job.condition.name,
+            "run": self.job.index,
+            "seed": self.seed,
+            "updates": self.session.total,
+            "looks": int(run.dataset.sizes["step"]),
+            "train_accuracy": float(last["train_accuracy"]),
+            "train_loss": float(last["train_loss"]),
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "test_images": len(self.job.test),
+            "seconds": self._shares(spent),
+        }
+
+    def _shares(self, spent: dict[str, float]) -> dict[str, float]:
+        """Seconds by what they went to; tracking is what the snapshots took beyond testing and saving."""
+        other = sum(spent.get(name, 0.0) for name in ("testing", "saving"))
+        shares = {name: spent.get(name, 0.0) for name in ("training", "testing", "saving", "controls")}
+        return {**shares, "tracking": max(0.0, spent.get("looks", 0.0) - other)}
+
+    def _whole_test(self) -> tuple[float, float]:
+        from local_elasticity.training.loop import evaluate
+
+        return evaluate(self.model, self.loss_fn, *self.job.test.tensors())
+
+    def _tell(self, progress: Any, left: float) -> None:
+        note = {"update": progress.update, "total": progress.total, "left": left}
+        partial = self.job.folder / "progress.partial"
+        partial.write_text(json.dumps(note))
+        os.replace(partial, self.job.folder / "progress.json")
+        if self.job.aloud:
+            table = progress.look.tables[PROBE, MEASURE]
+            print(
+                f"{self.job.condition.name}, run {self.job.index}, update {progress.update} of {progress.total}: "
+                f"{MEASURE} intra {table.intra:.4f} inter {table.inter:.4f}; {progress.look.seconds:.1f} s for the "
+                f"snapshot, about {duration(left)} left",
+                flush=True,
+            )
+
+    def _control(self, step: int) -> None:
+        """The controls of claim C5, at the last look of each epoch."""
+        per_epoch, every = self.session.per_epoch, self.job.size.every
+        if (step - 1) % per_epoch != (per_epoch - 1) // every * every:
+            return
+        with self.clock("controls"):
+            kept(self.job.folder / f"control-{step:06d}.npz", lambda: self._measure_controls(step == self._last))
+        self.clock.save()
+
+    @property
+    def _last(self) -> int:
+        per_epoch, every = self.session.per_epoch, self.job.size.every
+        return self.session.total - per_epoch + (per_epoch - 1) // every * every + 1
+
+    def _measure_controls(self, last: bool) -> dict[str, Any]:
+        xs, ys = self.probes
+        adam, none = le.Adam(lr=self.job.probe_lr), le.SGD(lr=0.0)
+        permuted = (ys + 1) % len(self.job.condition.classes)  # every label becomes the next class's
+        looks = {"permuted": (permuted, adam), **({"none": (ys, none)} if last else {})}
+        arrays = {}
+        for name, (labels, update) in looks.items():
+            impact = le.measure(
+                self.model,
+                self.loss_fn,
+                (xs, labels),
+                xs,
+                update=update,
+                engine="replay",
+                route="step",
+                check_pairs=0,
+            )
+            for part in ("before", "after", "source_before", "source_after"):
+                arrays[f"{name}_{part}"] = getattr(impact, part).numpy()
+        return arrays
 
 
 @dataclass(frozen=True)
 class ImageStudy:
-    """The protocol of spec srel 3.1 on three classes of one data set.
+    """The protocol of spec srel 3.1.
 
     Attributes:
+        name: of the study.
         title: one line for lists.
-        classes: the three classes, in the paper's order.
+        conditions: what is trained on what, by scale.
+        sizes: how large, by scale.
         cost: time to expect at each scale.
-        probes_per_class: fixed sources and targets a class.
-        every: look when the batch's number in its epoch is a multiple of this.
-        lr: of training and of the probe, both Adam; training has weight decay of the same size.
+        paper: which paper.
+        figure: of that paper.
+        claim: what it claims.
+        report: judges and draws: called with the study, its runs, the size, the scale's name and the folder.
+        probe_lr: of the published probe.
         seed: of data, probes and the first run.
-        network: what is trained.
+        probes: the probe steps; the report needs all of them.
     """
 
+    name: str
     title: str
-    classes: tuple[str, ...]
-    cost: dict[str, str]
-    probes_per_class: int = 20
-    every: int = 9
-    lr: float = 1e-4
+    conditions: Mapping[str, tuple[Condition, ...]]
+    sizes: Mapping[str, Scale]
+    cost: Mapping[str, str]
+    report: Callable[..., int]
+    paper: str = "Dan, Mukherjee, Das, Gampa 2021 (arXiv:2111.01166)"
+    figure: str = ""
+    claim: str = ""
+    probe_lr: float = 1e-4
     seed: int = 1234
-    network: str = "resnet18-plain"
+    probes: tuple[str, ...] = PROBES
 
-    def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
+    def run(self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None) -> int:
         """Train and track every run of this scale, judge the claims, draw.
 
         Args:
             scale: "small" or "paper".
             out: the study's folder; an interrupted study continues there.
             overwrite: throw away what is there.
+            workers: where the runs are made; one after the other in this process by default.
 
         Returns:
             1 when a claim fails, else 0.
         """
-        return self.run_at(SCALES[scale], scale, out, overwrite)
+        return self.run_at(self.sizes[scale], scale, out, overwrite, workers)
 
-    def run_at(self, size: Scale, scale: str, out: Path, overwrite: bool = False) -> int:
-        """As ``run``, with the size given."""
-        images = le.data.cifar10(at_least=size.per_class, classes=self.classes).subset(self.classes)
-        images = images.take(size.per_class, self.seed)
-        source: Any = images.source
-        test = le.data.cifar10("test", source=source).subset(self.classes)
-        mine = {name: value for name, value in asdict(self).items() if name not in ("title", "cost")}
-        settings = {**mine, **asdict(size), "scale": scale, "data_origin": images.origin}
-        settings["test_data"] = f"{len(test)} images of the true test split, {test.origin}"
+    def estimated_bytes(self, scale: str, size: Scale | None, jobs: int) -> int:
+        """Disk that the study takes: outputs and tables of every run, checkpoints of those at work."""
+        size = size or self.sizes[scale]
+        classes = len(self.conditions[scale][0].classes)
+        looks = size.epochs * -(-(size.per_class * classes // size.batch_size) // size.every)
+        outputs = looks * len(PROBES) * (classes * size.probes_per_class) ** 2 * classes * 4
+        checkpoint = 3 * 4 * 11_200_000  # weights and two moments of the largest network
+        runs = size.runs * len(self.conditions[scale])
+        return runs * (outputs + 5 * 2**20) + 3 * checkpoint * min(jobs, runs) + 50 * 2**20
+
+    def run_at(
+        self, size: Scale, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None
+    ) -> int:
+        """As ``run``, with the size given; ``scale`` says which conditions."""
+        from local_elasticity.studies.dan2023_tables import tables_of
+
+        workers = workers or Workers()
+        loaded: dict[Condition, tuple[LabelledImages, LabelledImages]] = {}
+        for condition in self.conditions[scale]:
+            loaded[condition] = load(condition, size, self.seed)
+        origins = {condition.name: images.origin for condition, (images, _) in loaded.items()}
+        # Without the number of runs: more of them may be added to a folder later.
+        settings = {
+            "study": self.name,
+            "scale": scale,
+            "seed": self.seed,
+            "probe_lr": self.probe_lr,
+            **{name: value for name, value in asdict(size).items() if name != "runs"},
+            "conditions": [asdict(condition) for condition in loaded],
+            "data_origin": origins,
+        }
         prepare_folder(out, settings, overwrite)
-        print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; data: {images.origin}")
-        datasets = [self._one(size, settings, images, test, index, out / f"run-{index}") for index in range(size.runs)]
-        return self._report(datasets, settings, scale, out)
-
-    def _one(
-        self, size: Scale, settings: dict[str, Any], images: Any, test: Any, index: int, folder: Path
-    ) -> xr.Dataset:
-        tensors = images.tensors(augment=self.seed)
-        probes = le.data.probes(images, per_class=self.probes_per_class, seed=self.seed, tensors=tensors)
-        seed = self.seed + index
-        torch.manual_seed(seed)
-        model = le.networks.build(self.network, len(self.classes), images.shape)
-        training = Training(
-            size.epochs, size.batch_size, "adam", self.lr, weight_decay=self.lr, drop_last=True, seed=seed
-        )
-        loss_fn = torch.nn.functional.cross_entropy
-        session = Session(model, loss_fn, tensors, training, test.tensors(), folder / "checkpoint")
-        configuration = {**settings, "run": index, "run_seed": seed, "probe": f"fresh Adam, lr {self.lr:g}"}
-        resume = prepare_folder(folder, configuration, overwrite=False)
-        tracker = le.Tracker(
-            model,
-            loss_fn,
-            probes,
-            update={PROBE: le.Adam(lr=self.lr)},
-            definitions=DEFINITIONS,
-            schedule=le.every(self.every, per="epoch"),
-            store=folder / "run.zarr",
-            resume=resume,
-            route="step",  # fixed, so that no timing decides numbers
-            configuration=configuration,
-            seed=self.seed,
-            before_commit=session.save,
-        )
-        if resume and tracker.resume_step:
-            session.load(tracker.resume_step)
-        _follow(session, tracker, index)
-        return tracker.finish().dataset
-
-    def _report(self, datasets: Sequence[xr.Dataset], settings: dict[str, Any], scale: str, out: Path) -> int:
-        from local_elasticity.report import write_all, write_page
-
-        together = datasets[0] if len(datasets) == 1 else _joined(datasets)
-        claims = check_claims(datasets, paper_scale=scale == "paper")
-        notes = [
-            f"data: {settings['data_origin']}",
-            f"{settings['runs']} run(s), seed {settings['seed']}; {settings['per_class']} images a class; "
-            f"{self.probes_per_class} probes a class, 9 ordered class pairs of {self.probes_per_class**2} pairs, self "
-            "pairs in, mean of ratios",
-            f"probe: one step of a fresh Adam, lr {self.lr:g}, engine replay; measure {MEASURE} "
-            "(as published: not a KL divergence)",
-            "intervals: 95 % bootstrap over sources and targets of a run; with several runs, their range",
-        ]
-        notes += _other_definitions(datasets)
-        path = write_claims(claims, out, f"{self.title}, scale {scale}", notes)
-        figures = write_all(together, out / "figures")
-        try:
-            page: Path | str = write_page(together, out / "report.html")
-        except le.InputError as error:
-            page = f"none: {error}"
-        print_claims(claims, f"{self.title}, scale {scale}; {settings['data_origin']}")
-        for note in notes[4:]:
-            print(note)
-        print(f"claims: {path}\nfigure: {figures[0]}\npage:   {page}")
-        return status(claims)
-
-
-def _follow(session: Session, tracker: le.Tracker, index: int) -> None:
-    import time
-
-    started, first = time.perf_counter(), session.updates
-    for progress in session.run(tracker):
-        if progress.look is None:
-            continue
-        table = progress.look.tables[PROBE, MEASURE]
-        left = (time.perf_counter() - started) / (progress.update - first) * (progress.total - progress.update)
         print(
-            f"run {index}, update {progress.update} of {progress.total}: {MEASURE} intra {table.intra:.4f} "
-            f"inter {table.inter:.4f}; {progress.look.seconds:.1f} s for the snapshot, about {duration(left)} left",
-            flush=True,
+            f"{self.title}, {words_of(self, size, scale)}: {scale} costs about {self.cost.get(scale, 'unknown time')}; "
+            f"{workers.words}"
         )
+        for name, origin in origins.items():
+            print(f"{name}: {origin}", flush=True)
+        common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr")} | asdict(size)
+        del common["runs"]
+        aloud, tasks = workers.backend == "serial", []
+        for condition, (images, test) in loaded.items():
+            mine = {**common, "data_origin": images.origin}
+            for index, folder in self.folders(condition, size, scale, out):
+                job = Job(
+                    condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud, self.probes
+                )
+                tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
+        started = time.perf_counter()
+        with watched([task.record.parent for task in tasks], aloud=workers.backend != "serial"):
+            records = perform(tasks, workers)
+        waiting = time.perf_counter() - started
+        for task in tasks:
+            shutil.rmtree(task.record.parent / "checkpoint", ignore_errors=True)
+        runs = tables_of([(task.arguments[0].condition, task.record.parent) for task in tasks], records, self.seed)
+        return self.report(self, runs, size, scale, out, waiting)
+
+    def folders(self, condition: Condition, size: Scale, scale: str, out: Path) -> list[tuple[int, Path]]:
+        """Number and folder of every run of a condition."""
+        alone = len(self.conditions[scale]) == 1
+        return [(k, out / (f"run-{k}" if alone else f"{condition.name}-{k}")) for k in range(size.runs)]
+
+    def so_far(self, size: Scale | None, scale: str, out: Path) -> int:
+        """Judge and draw what an unfinished study has; claims on the end of training are not judged.
+
+        Raises:
+            InputError: when there is no run with a snapshot.
+        """
+        from local_elasticity.studies.dan2023_tables import record_so_far, tables_of
+
+        size = size or self.sizes[scale]
+        places, records = [], []
+        for condition in self.conditions[scale]:
+            for index, folder in self.folders(condition, size, scale, out):
+                record = record_so_far(condition, index, self.seed + index, folder)
+                if record is not None:
+                    places.append((condition, folder))
+                    records.append(record)
+        if not places:
+            raise le.InputError(
+                expected="a run of this study with a snapshot",
+                got=f"none in {out}",
+                do="run it first, without --so-far",
+            )
+        finished = all((folder / "record.json").exists() for _, folder in places)
+        words = self if finished else replace(self, title=f"{self.title} (unfinished)")
+        return self.report(words, tables_of(places, records, self.seed), size, scale, out, 0.0)
 
 
-def _joined(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Runs side by side along ``replica``; the large outputs stay in the runs."""
-    small = [data.drop_vars([n for n in ("before", "after", "source_before", "source_after")]) for data in datasets]
-    return xr.concat(small, dim="replica", data_vars="all", coords="minimal", combine_attrs="override", join="override")
+def words_of(study: ImageStudy, size: Scale, scale: str) -> str:
+    """The scale, and what of it is not as its name says."""
+    named = study.sizes[scale]
+    changed = {name: value for name, value in asdict(size).items() if value != getattr(named, name)}
+    return f"scale {scale}" + ("" if not changed else f" with {', '.join(f'{k} {v}' for k, v in changed.items())}")
 
 
-def check_claims(datasets: Sequence[xr.Dataset], paper_scale: bool) -> list[Claim]:
-    """The claims on the published measure: C1 and C3 of spec srel 5, with the bounds set for small runs."""
-    curves = [data.sel(update=PROBE, definition=MEASURE) for data in datasets]
-    intra = np.mean([curve["intra"].values for curve in curves], axis=0)
-    inter = np.mean([curve["inter"].values for curve in curves], axis=0)
-    below = inter < intra
-    fall = inter[-1] - inter[0]
-    fallen = _interval(curves, "inter", -1)
-    falls = judged(fallen[1] < inter[0]) if paper_scale else "not judged"
-    return [
-        Claim(
-            "both curves start near 1",
-            "intra and inter within 0.02 of 1 at the first look",
-            f"intra {intra[0]:.4f}, inter {inter[0]:.4f}",
-            f"intra {_words(_interval(curves, 'intra', 0))}, inter {_words(_interval(curves, 'inter', 0))}",
-            judged(abs(intra[0] - 1) <= 0.02 and abs(inter[0] - 1) <= 0.02),
-        ),
-        Claim(
-            "intra never falls",
-            "intra >= 0.98 at every look",
-            f"lowest {intra.min():.4f} of {len(intra)} looks",
-            _words(_interval(curves, "intra", int(intra.argmin()))),
-            judged(bool((intra >= 0.98).all())),
-        ),
-        Claim(
-            "inter lies below intra",
-            "at 80 % of the looks or more",
-            f"at {below.mean():.0%} of {len(below)} looks",
-            "counted",
-            judged(float(below.mean()) >= 0.8),
-        ),
-        Claim(
-            "inter lies below intra at the end",
-            "inter < intra at the last look",
-            f"inter {inter[-1]:.4f}, intra {intra[-1]:.4f}",
-            f"inter/intra {_words(_interval(curves, 'ratio', -1))}",
-            judged(bool(below[-1])),
-        ),
-        Claim(
-            "inter falls with training",
-            "inter at the end below its start (judged at paper scale)",
-            f"from {inter[0]:.4f} to {inter[-1]:.4f} ({fall:+.4f})",
-            f"at the end {_words(fallen)}",
-            falls,
-        ),
-    ]
+@contextmanager
+def watched(folders: Sequence[Path], aloud: bool, seconds: float = 10.0) -> Iterator[None]:
+    """Print now and then how far the runs are, from the notes that they leave in their folders."""
+    import threading
 
+    done = threading.Event()
 
-def _interval(curves: Sequence[xr.Dataset], name: str, index: int) -> tuple[float, float]:
-    """Bootstrap interval of one run, or the range over runs."""
-    if len(curves) == 1:
-        at = curves[0].isel(step=index)
-        return float(at[f"{name}_low"]), float(at[f"{name}_high"])
-    values = [float(curve[name].isel(step=index)) for curve in curves]
-    return min(values), max(values)
+    def told() -> str:
+        notes = []
+        for folder in folders:
+            try:
+                notes.append(json.loads((folder / "progress.json").read_text()))
+            except (OSError, ValueError):
+                continue
+        share = sum(note["update"] / note["total"] for note in notes) / len(folders)
+        finished = sum((folder / "record.json").exists() for folder in folders)
+        return f"{finished} of {len(folders)} runs finished; {share:.0%} of all updates made"
 
+    def watch() -> None:
+        last = ""
+        while not done.wait(seconds):
+            now = told()
+            if now != last:
+                print(now, flush=True)
+            last = now
 
-def _words(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:.4f}, {interval[1]:.4f}]"
-
-
-def _other_definitions(datasets: Sequence[xr.Dataset]) -> list[str]:
-    """The other definitions on the same steps, reported and not judged."""
-    lines = []
-    for definition in DEFINITIONS:
-        chosen = [data.sel(update=PROBE, definition=definition) for data in datasets]
-        below = np.mean([(one["inter"] < one["intra"]).values.mean() for one in chosen])
-        last = [one.isel(step=-1) for one in chosen]
-        intra, inter = (np.mean([float(one[name]) for one in last]) for name in ("intra", "inter"))
-        heavy = any(bool(one["heavy_tailed"].any()) for one in chosen)
-        lines.append(
-            f"{definition}: at the end intra {intra:.4g}, inter {inter:.4g}; inter below intra at {below:.0%} of the "
-            f"looks{'; heavy-tailed: read the medians' if heavy else ''}"
-        )
-    return lines
-
-
-CIFAR10 = ImageStudy(
-    title="dan2023-cifar10: S_rel of ResNet-18 on CIFAR-10 plane, car, ship",
-    classes=("airplane", "automobile", "ship"),
-    cost={"small": "2 min on 2 cores", "paper": "1 to 2 hours on 2 cores"},
-)
+    if not aloud:
+        yield
+        return
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def smaller(study: ImageStudy, **changes: Any) -> ImageStudy:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
-from local_elasticity.errors import InputError
+from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact import Impact, measure
 from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Outputs
@@ -27,7 +27,7 @@ from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
 from local_elasticity.impact.state import Mode, preserved
 from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
-from local_elasticity.similarity import get_definition, is_built_in, movements
+from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, every
 from local_elasticity.updates import Update
 
@@ -79,6 +79,8 @@ class Tracker:
         configuration: anything that describes the run; stored with it.
         seed: of the bootstrap intervals.
         before_commit: called with the step just before a snapshot is committed, for example to write a checkpoint.
+        limits: names of updates, affine in the gradient (SGD), to be looked at in their small-step limit: by the engine
+            "linear", every definition at its limit. Their ``after`` holds before + first-order change.
 
     Raises:
         InputError: for bad probes, unknown definitions, a store that holds something else.
@@ -107,6 +109,7 @@ class Tracker:
         configuration: Mapping[str, Any] | None = None,
         seed: int = 0,
         before_commit: Callable[[int], None] | None = None,
+        limits: Sequence[str] = (),
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.mode: Mode = mode
@@ -126,7 +129,9 @@ class Tracker:
         self.collapse_layers = check_layers(model, collapse_layers) if len(collapse_layers) else ()
         if self.collapse_layers and len(torch.unique(self.labels)) < 2:
             raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
+        self.limits = _checked_limits(limits, self.updates)
         self._routes: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
+        self._routes |= dict.fromkeys(self.limits, ("contract", len(self.inputs)))
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
         self._epoch: float | None = None
@@ -213,7 +218,7 @@ class Tracker:
             self.loss_fn,
             (self.inputs, self.labels),
             update=update,
-            engine="replay",
+            engine="linear" if name in self.limits else "replay",
             outputs=self.outputs,
             route=route,
             chunk_size=chunk_size,
@@ -227,7 +232,7 @@ class Tracker:
         """Seconds that a snapshot is expected to take: the last one's, or a pilot of one source."""
         if math.isnan(self._cost):
             started = time.perf_counter()
-            for update in self.updates.values():
+            for update in (update for name, update in self.updates.items() if name not in self.limits):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     measure(
@@ -265,9 +270,13 @@ class Tracker:
         tables, pairs = {}, {}
         ids = self.sample_index if len(set(self.sample_index.tolist())) == len(self.sample_index) else None
         for update, impact in impacts.items():
+            limit = update in self.limits
             for definition in self.definitions:
-                numerators, denominators = movements(impact, definition)
+                seen = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
+                numerators, denominators = movements(*seen)
                 ratio = numerators / denominators[:, None]
+                if limit:
+                    denominators = movements(at_limit(impact, together=True), definition, 0.0)[1]
                 ratio = torch.where(torch.isfinite(ratio) & (denominators[:, None] != 0), ratio, torch.nan).cpu()
                 pairs[update, definition] = ratio.numpy()
                 tables[update, definition] = by_class(
@@ -388,6 +397,7 @@ class Tracker:
             "configuration": json.dumps(configuration, default=str),
             "definitions": json.dumps({name: text for name, text in words.items() if text}),
             "outputs": self.outputs,
+            "limits": list(self.limits),
             "mode": self.mode,
             "self_pairs": "out" if self.exclude_self else "in",
             "probes_sha256": digest.hexdigest(),
@@ -400,7 +410,8 @@ class Tracker:
     def _route_attributes(self, plans: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         routes = {name: [plan["route"], plan["chunk_size"]] for name, plan in plans.items()}
         short = ", ".join(dict.fromkeys(f"{route} (chunk {chunk})" for route, chunk in routes.values()))
-        return {"route": f"replay, {short}", "routes": json.dumps(routes), "threads": torch.get_num_threads()}
+        engines = "replay and linear" if self.limits else "replay"
+        return {"route": f"{engines}, {short}", "routes": json.dumps(routes), "threads": torch.get_num_threads()}
 
     def _open(self, store: str | Path | None, resume: bool | int) -> None:
         self._created = False
@@ -478,6 +489,14 @@ def _named(update: Update | Mapping[str, Update]) -> dict[str, Update]:
             do="for example le.SGD(lr=0.01) or {'probe': le.Adam(lr=1e-4)}",
         )
     return named
+
+
+def _checked_limits(limits: Sequence[str], updates: Mapping[str, Update]) -> tuple[str, ...]:
+    limits = (limits,) if isinstance(limits, str) else tuple(limits)
+    for name in limits:
+        if name not in updates:
+            raise InputError(expected="limits that name updates", got=repr(name), do=nearest(name, updates))
+    return limits
 
 
 def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,188 @@
+"""Tasks in every backend: the same numbers, killed workers, clusters that do not answer."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+from image_data import write_cifar10
+
+from local_elasticity import parallel
+from local_elasticity.data import files
+from local_elasticity.errors import InputError
+from local_elasticity.parallel import Task, Workers, perform
+from local_elasticity.studies import STUDIES
+from local_elasticity.studies import dan2023_images as study
+from local_elasticity.studies.dan2023_tables import Series, tables_of
+
+TINY = study.Scale(per_class=6, batch_size=6, epochs=1, runs=2, probes_per_class=2, every=2, test_per_class=2)
+
+
+def dying_task(folder):
+    """A task whose worker is killed in its middle, the first time."""
+
+    def work(place):
+        import os
+        import signal
+        import time
+
+        import torch
+
+        mark = Path(place) / "begun"
+        if not mark.exists():
+            mark.write_text("")
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"threads": torch.get_num_threads()}
+
+    return Task("dies once", work, (str(folder),), folder / "died.json")  # a closure: pickled by value
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    """The tiny study in this process."""
+    place = tmp_path_factory.mktemp("serial")
+    write_cifar10(place / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(files.ENVIRONMENT, str(place / "data"))
+        found = study_in(place / "study", Workers())
+    return place / "data", found
+
+
+def study_in(out, workers) -> Series:
+    whole, found = STUDIES["dan2023-cifar10"], []
+    tiny = replace(
+        whole,
+        conditions={"small": tuple(replace(c, network="simple-conv") for c in whole.conditions["small"])},
+        report=lambda this, runs, *_: found.extend(runs) or 0,
+    )
+    tiny.run_at(TINY, "small", out, workers=workers)
+    return found[0]
+
+
+def equal_to_serial(serial, tmp_path, monkeypatch, workers):
+    """Run the study beside a task whose worker dies; its numbers are the serial ones, bit for bit."""
+    data, wanted = serial
+    monkeypatch.setenv(files.ENVIRONMENT, str(data))
+    records = []
+
+    def with_a_death(tasks, where):
+        found = perform([dying_task(tmp_path), *tasks], where)
+        records.append(found[0])
+        return found[1:]
+
+    monkeypatch.setattr(study, "perform", with_a_death)
+    found = study_in(tmp_path / "study", workers)
+    assert records == [{"threads": 1}]
+    assert (tmp_path / "begun").exists()
+    np.testing.assert_array_equal(found.tables.values, wanted.tables.values)
+    for mine, theirs in zip(found.datasets, wanted.datasets, strict=True):
+        assert np.array_equal(mine["after"].values, theirs["after"].values)
+        assert int(mine.attrs["threads"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:a worker was lost")
+def test_loky_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
+    equal_to_serial(serial, tmp_path, monkeypatch, Workers("loky", 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dask_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason='needs dask: pip install "local-elasticity[dask]"')
+    equal_to_serial(serial, tmp_path, monkeypatch, Workers("dask", 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_ray_cluster_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason='needs Ray: pip install "local-elasticity[ray]"')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    start = [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
+    start += ["--disable-usage-stats", "--object-store-memory=100000000", f"--temp-dir={tmp_path}/r"]
+    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(600):
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert head.poll() is None, "ray start ended"
+            time.sleep(0.2)
+        time.sleep(1.0)
+        equal_to_serial(serial, tmp_path, monkeypatch, Workers("ray", 2, f"127.0.0.1:{port}"))
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+
+
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_a_cluster_that_does_not_answer_is_refused_in_seconds(backend, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=rf"answers at 127.0.0.1:{port}.*host, port and firewall"):
+        perform([dying_task(tmp_path)], Workers(backend, 1, f"127.0.0.1:{port}"))
+    assert time.monotonic() - begun < 10  # what is promised to the user, not how fast the machine is
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("luky",), "did you mean 'loky'"),
+        (("loky", 0), "jobs >= 1"),
+        (("loky", 2, "127.0.0.1:1"), "no address"),
+    ],
+)
+def test_bad_workers_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Workers(*arguments)
+
+
+def test_a_task_with_a_record_is_not_done_again_and_threads_come_back(tmp_path):
+    def work(number):
+        (tmp_path / f"done-{number}").touch(exist_ok=False)
+        return {"number": number, "threads": torch.get_num_threads()}
+
+    tasks = [Task(str(n), work, (n,), tmp_path / f"{n}.json") for n in range(3)]
+    before = torch.get_num_threads()
+    first = perform(tasks)
+    assert first == [{"number": n, "threads": 1} for n in range(3)]
+    assert perform(tasks) == first
+    assert torch.get_num_threads() == before
+
+
+def test_workers_that_never_finish_are_given_up(tmp_path):
+    class KilledWorker(Exception):
+        pass
+
+    def lost(tasks):
+        raise KilledWorker("gone")
+
+    with (
+        pytest.warns(UserWarning, match="given out again"),
+        pytest.raises(InputError, match=r"workers that finish a task.*dies once"),
+    ):
+        parallel._rounds([dying_task(tmp_path)], lost)
+    with pytest.raises(ZeroDivisionError):  # a task's own error is not a lost worker
+        parallel._rounds([dying_task(tmp_path)], lambda tasks: 1 / 0)
+
+
+def test_series_are_by_condition(serial):
+    _, series = serial
+    places = [(series.condition, folder) for folder in series.folders]
+    again = tables_of(places, series.records, series.seed)
+    assert len(again) == 1
+    assert len(again[0].datasets) == 2
