@@ -249,7 +249,15 @@ def charts(
         _chart(axis, chart)
         names = tuple(curve.name for curve in chart.curves if curve.name)
         if names and names not in explained:
-            axis.legend(fontsize=SMALL - 1, frameon=False, handlelength=2.2, ncols=1 + (len(names) > 5))
+            many = len(names) > 5  # then curves run behind it
+            axis.legend(
+                fontsize=SMALL - 1,
+                handlelength=2.2,
+                ncols=1 + many,
+                frameon=many,
+                framealpha=0.85,
+                edgecolor="none",
+            )
             explained.add(names)
     for axis in axes[len(content) :]:
         axis.set_axis_off()
