@@ -177,7 +177,8 @@ def _backend(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
 
     def parallel(tasks: list[Task]) -> None:
         # No generator returns: Ray's backend has none. A batch is one task, so that a lost worker costs one.
-        joblib.Parallel(n_jobs=min(workers.jobs, len(tasks)), batch_size=1, pre_dispatch="all")(
+        options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "all"}
+        joblib.Parallel(n_jobs=min(workers.jobs, len(tasks)), **options)(
             joblib.delayed(_perform)(task) for task in tasks
         )
 
@@ -241,11 +242,10 @@ def _dask(workers: Workers) -> Iterator[None]:
     cluster = None
     try:
         if address is None:
-            cluster = LocalCluster(
-                n_workers=workers.jobs, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
-            )
+            options: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+            cluster = LocalCluster(n_workers=workers.jobs, threads_per_worker=1, processes=True, **options)
         where: Any = cluster or (None if Path(str(address)).is_file() else address)
-        file = {"scheduler_file": address} if address and Path(address).is_file() else {}
+        file: dict[str, Any] = {"scheduler_file": address} if address and Path(address).is_file() else {}
         client = Client(where, timeout=ANSWER_SECONDS, **file)
     except (OSError, TimeoutError, ValueError) as error:
         raise _no_answer("dask", address or "this machine", error) from error

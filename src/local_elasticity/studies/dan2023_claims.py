@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -328,7 +329,8 @@ def permuted_curves(series: Series, definition: str = PSEUDO) -> ndarray:
     """Run-mean class tables (looks, c, c) of the steps on permuted labels."""
     tables = []
     for _, parts in sorted(series.controls("permuted").items()):
-        s = np.stack([s_rel_of(*one, definition).numpy() for one in zip(*(parts[k] for k in _PARTS), strict=True)])
+        looks: list[Any] = list(zip(*(parts[k] for k in _PARTS), strict=True))
+        s = np.stack([s_rel_of(*one, definition).numpy() for one in looks])
         tables.append(class_tables(s, np.ones(s.shape[:-1]), len(series.classes), False)[:, 0].mean(0))
     return np.stack(tables) if tables else np.empty((0, len(series.classes), len(series.classes)))
 
@@ -339,7 +341,8 @@ def rank_correlation(values: Sequence[float] | ndarray) -> float:
 
     if len(values) < 3 or np.ptp(values) == 0:
         return math.nan
-    return float(spearmanr(np.arange(len(values)), values).statistic)
+    result: Any = spearmanr(np.arange(len(values)), values)
+    return float(result.statistic)
 
 
 def table_rows(series: Series) -> list[dict[str, float | str]]:

@@ -176,14 +176,15 @@ class _TimedSession(Session):
             return super()._update(positions)
 
     def _scalars(self) -> dict[str, Any]:
-        def timed(look: Callable[[], float]) -> Callable[[], float]:
-            def number() -> float:
+        def timed(look: Callable[..., Any]) -> Callable[[], Any]:
+            def number() -> Any:
                 with self.clock("testing"):
                     return look()
 
             return number
 
-        return {name: timed(x) if callable(x) else x for name, x in super()._scalars().items()}
+        scalars: dict[str, Any] = super()._scalars()
+        return {name: timed(x) if callable(x) else x for name, x in scalars.items()}
 
     def save(self, step: int) -> None:
         """As the session's, timed."""

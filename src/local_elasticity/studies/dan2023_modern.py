@@ -39,7 +39,7 @@ NETWORKS = {
     "resnet18-plain": ":width=16",
     "vit-small": ":depth=2",
 }
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
 }

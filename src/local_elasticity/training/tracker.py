@@ -272,7 +272,7 @@ class Tracker:
         for update, impact in impacts.items():
             limit = update in self.limits
             for definition in self.definitions:
-                seen = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
+                seen: tuple[Any, ...] = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
                 numerators, denominators = movements(*seen)
                 ratio = numerators / denominators[:, None]
                 if limit:
