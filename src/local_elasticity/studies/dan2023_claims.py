@@ -329,8 +329,8 @@ def permuted_curves(series: Series, definition: str = PSEUDO) -> ndarray:
     """Run-mean class tables (looks, c, c) of the steps on permuted labels."""
     tables = []
     for _, parts in sorted(series.controls("permuted").items()):
-        looks: list[Any] = list(zip(*(parts[k] for k in _PARTS), strict=True))
-        s = np.stack([s_rel_of(*one, definition).numpy() for one in looks])
+        looks = [dict(zip(_PARTS, one, strict=True)) for one in zip(*(parts[k] for k in _PARTS), strict=True)]
+        s = np.stack([s_rel_of(**one, definition=definition).numpy() for one in looks])
         tables.append(class_tables(s, np.ones(s.shape[:-1]), len(series.classes), False)[:, 0].mean(0))
     return np.stack(tables) if tables else np.empty((0, len(series.classes), len(series.classes)))
 
