@@ -22,6 +22,7 @@ from local_elasticity.errors import InputError, missing_extra, nearest
 
 Backend = Literal["serial", "loky", "ray", "dask"]
 ANSWER_SECONDS = 5.0  # a cluster that takes longer to accept a connection does not answer
+START_SECONDS = 60.0  # what answers at all may be busy
 ATTEMPTS = 4  # rounds in which no task is finished before it is no accident
 PORTS = {"ray": 6379, "dask": 8786}
 START = {"ray": "ray start --head --port=6379", "dask": "dask scheduler"}
@@ -200,7 +201,6 @@ def _ray(workers: Workers) -> Iterator[None]:
 
     if workers.address and workers.address != "auto":
         _check_answers("ray", workers.address)
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "5")  # read when ray is imported
     try:
         import ray
         from ray.util.joblib import register_ray
@@ -245,8 +245,13 @@ def _dask(workers: Workers) -> Iterator[None]:
             options: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
             cluster = LocalCluster(n_workers=workers.jobs, threads_per_worker=1, processes=True, **options)
         where: Any = cluster or (None if Path(str(address)).is_file() else address)
+<<<<<<< HEAD
         file: dict[str, Any] = {"scheduler_file": address} if address and Path(address).is_file() else {}
         client = Client(where, timeout=ANSWER_SECONDS, **file)
+=======
+        file = {"scheduler_file": address} if address and Path(address).is_file() else {}
+        client = Client(where, timeout=START_SECONDS, **file)
+>>>>>>> img
     except (OSError, TimeoutError, ValueError) as error:
         raise _no_answer("dask", address or "this machine", error) from error
     try:
