@@ -245,13 +245,8 @@ def _dask(workers: Workers) -> Iterator[None]:
             options: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
             cluster = LocalCluster(n_workers=workers.jobs, threads_per_worker=1, processes=True, **options)
         where: Any = cluster or (None if Path(str(address)).is_file() else address)
-<<<<<<< HEAD
         file: dict[str, Any] = {"scheduler_file": address} if address and Path(address).is_file() else {}
-        client = Client(where, timeout=ANSWER_SECONDS, **file)
-=======
-        file = {"scheduler_file": address} if address and Path(address).is_file() else {}
         client = Client(where, timeout=START_SECONDS, **file)
->>>>>>> img
     except (OSError, TimeoutError, ValueError) as error:
         raise _no_answer("dask", address or "this machine", error) from error
     try:
