@@ -202,8 +202,8 @@ def _ray(workers: Workers) -> Iterator[None]:
     if workers.address and workers.address != "auto":
         _check_answers("ray", workers.address)
     try:
-        import ray
-        from ray.util.joblib import register_ray
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.util.joblib import register_ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise missing_extra("ray", "ray", "workers of a Ray cluster") from None
     ours = not ray.is_initialized()
