@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -24,7 +24,7 @@ def _leave_temporary_folder(namespace: dict) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()],
+    parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
     setup=_enter_temporary_folder,
     teardown=_leave_temporary_folder,
