@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from local_elasticity.errors import InputError
-from local_elasticity.report.figures import (
+from local_elasticity.report.reading import Reading, caption, read
+from local_elasticity.report.style import (
     SMALL,
     Y_LABELS,
-    _brief,
-    _curve,
-    _figure,
-    _finish,
-    _heavy,
-    _intra,
-    _legend_above,
-    _log,
-    _other,
-    _title,
+    brief,
+    draw_curve,
+    finish_axis,
+    heavy_tailed,
+    legend_above,
+    needs_log,
+    new_figure,
+    other_style,
+    own_style,
+    write_title,
 )
-from local_elasticity.report.reading import Reading, caption, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,17 +68,19 @@ def collapse_curves(
         )
     found = _rates(rates) if rates is not None else stored_rates(run)
     heights = [1.2] + [0.95] * (found is not None) + [0.8] * len(shown)
-    figure = _figure(width, sum(heights) + 0.22 * len(heights) + 0.9)
+    figure = new_figure(width, sum(heights) + 0.22 * len(heights) + 0.9)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _similarity(axes[0], reading, definition, update, width)
     if found is not None:
         _impacts(axes[1], reading, found, width)
     for axis, name in zip(axes[-len(shown) :], shown, strict=True):
         _layers(axis, reading, data, name)
-    _legend_above(axes[-len(shown)], width)
+    legend_above(axes[-len(shown)], width)
     axes[-1].set_xlabel(reading.x[0], fontsize=SMALL)
     figure.align_ylabels(axes)
-    _title(figure, reading, "Local elasticity and neural collapse of the probes", caption(reading, definition, update))
+    write_title(
+        figure, reading, "Local elasticity and neural collapse of the probes", caption(reading, definition, update)
+    )
     return figure
 
 
@@ -103,28 +105,28 @@ def _rates(given: Any) -> Rates | None:
 
 def _similarity(axis: Any, reading: Reading, definition: str | None, update: str | None, width: float) -> None:
     chosen = reading.select(definition, update)
-    statistic = "median" if _heavy(chosen) else "mean"
+    statistic = "median" if heavy_tailed(chosen) else "mean"
     names = {"intra": "own class (intra)", "inter": "others (inter)"}
     averages = reading.averages(chosen, statistic)
-    for (name, values), style in zip(averages.items(), (_intra(), _other(0)), strict=True):
-        _curve(axis, reading.x[1], values, names[name], style)
-    _finish(axis, Y_LABELS[statistic], statistic == "median" or _log(chosen, "mean"))
-    _legend_above(axis, width)
+    for (name, values), style in zip(averages.items(), (own_style(), other_style(0)), strict=True):
+        draw_curve(axis, reading.x[1], values, names[name], style)
+    finish_axis(axis, Y_LABELS[statistic], statistic == "median" or needs_log(chosen, "mean"))
+    legend_above(axis, width)
 
 
 def _impacts(axis: Any, reading: Reading, rates: Rates, width: float) -> None:
     label, x = reading.x
     times = rates["t"] if label != "epoch" else np.interp(rates["t"], reading.steps, x, left=math.nan, right=math.nan)
     none = np.full(len(times), math.nan)
-    for name, style in (("alpha", _intra()), ("beta", _other(0))):
+    for name, style in (("alpha", own_style()), ("beta", other_style(0))):
         words = {"alpha": "alpha (within classes)", "beta": "beta (between classes)"}[name]
-        _curve(axis, times, (rates[name], none, none), words, style)
+        draw_curve(axis, times, (rates[name], none, none), words, style)
     axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     values = np.concatenate([rates[name][np.isfinite(rates[name])] for name in ("alpha", "beta")])
     low, high = np.quantile(values, [0.01, 0.99])  # the first slopes are known badly, and would flatten the others
     room = 0.2 * max(high - low, 1e-12)
     axis.set_ylim(low - room, high + room)
-    _finish(axis, "impact per step", log=False)
+    finish_axis(axis, "impact per step", log=False)
     handles = [line for line in axis.lines if not str(line.get_label()).startswith("_")]
     axis.legend(
         handles=handles,
@@ -147,9 +149,11 @@ def _layers(axis: Any, reading: Reading, data: Any, name: str) -> None:
     for at, layer in enumerate(map(str, data["layer"].values)):
         y, sd = (one.sel(layer=layer).transpose("step").values.astype(float) for one in (centre, spread))
         if np.isfinite(y).any():
-            _curve(axis, reading.x[1], (y, y - sd, y + sd), _brief(layer), _intra() if at == 0 else _other(at - 1))
+            draw_curve(
+                axis, reading.x[1], (y, y - sd, y + sd), brief(layer), own_style() if at == 0 else other_style(at - 1)
+            )
     log = name in LOGARITHMIC and bool((centre.values[np.isfinite(centre.values)] > 0).any())
-    _finish(axis, "", log)
+    finish_axis(axis, "", log)
     axis.set_ylabel(PANELS[name], fontsize=SMALL, parse_math=True)
     if not log:
         axis.set_ylim(bottom=0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.figures import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, _figure
+from local_elasticity.report.style import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
         height: inches of a row.
     """
     rows = -(-len(content) // columns)
-    figure = _figure(width, height * rows + 0.3)
+    figure = new_figure(width, height * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     explained: set[tuple[str, ...]] = set()
     for axis, panel in zip(axes, content, strict=False):

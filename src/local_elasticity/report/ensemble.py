@@ -13,7 +13,7 @@ import numpy as np
 
 from local_elasticity.report.curves import Line, Panel, panels
 from local_elasticity.report.figures import save
-from local_elasticity.report.page import _figures, _plain, _template, _text, _write
+from local_elasticity.report.markup import embedded_figures, plain_words, read_part, template, write_page_text
 from local_elasticity.report.reading import READABLE_CLASSES
 
 if TYPE_CHECKING:
@@ -183,17 +183,17 @@ def write_ensemble(path: str | Path) -> tuple[list[Path], Path]:
         "collapse": collapse(reading),
     }
     figures = [path for name, figure in drawn.items() if figure for path in save(figure, folder / "figures", name)]
-    page = _template("ensemble.html").substitute(
+    page = template("ensemble.html").substitute(
         title=html.escape(f"{reading.replicas} networks in lock step"),
         answer=html.escape(" ".join(_answer(reading, fit))),
         meaning=html.escape(MEANING),
-        figures=_figures(figures),
+        figures=embedded_figures(figures),
         numbers_note=html.escape(f"After {reading.updates} updates; over replicas: mean, sd, smallest, largest."),
         numbers=_numbers(reading, fit),
         configuration=_configuration(reading),
-        style=_text("page.css"),
+        style=read_part("page.css"),
     )
-    return figures, _write(folder / "report.html", page)
+    return figures, write_page_text(folder / "report.html", page)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------
@@ -293,4 +293,6 @@ def _configuration(reading: EnsembleReading) -> str:
         looks = settings.get(name)
         settings[name] = f"{len(looks[1])} looks" if looks else "none"
     cell = '<tr><th scope="row">{}</th><td>{}</td></tr>'
-    return "\n".join(cell.format(html.escape(k.replace("_", " ")), html.escape(_plain(v))) for k, v in settings.items())
+    return "\n".join(
+        cell.format(html.escape(k.replace("_", " ")), html.escape(plain_words(v))) for k, v in settings.items()
+    )

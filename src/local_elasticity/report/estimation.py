@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.figures import (
+from local_elasticity.report.figures import save
+from local_elasticity.report.reading import READABLE_CLASSES
+from local_elasticity.report.style import (
     BLUE,
     NORMAL,
     OTHERS,
     SMALL,
-    _brief,
-    _figure,
-    _finish,
-    _legend_above,
-    _other,
-    save,
+    brief,
+    finish_axis,
+    legend_above,
+    new_figure,
+    other_style,
+    write_head,
 )
-from local_elasticity.report.reading import READABLE_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def rate_curves(fit: Fit, *, width: float = 3.6) -> Figure:
         fit: the estimates.
         width: inches.
     """
-    figure = _figure(width, 4.6)
+    figure = new_figure(width, 4.6)
     above, beneath = figure.subplots(2, 1, sharex=True)
     at = _thinned(len(fit.t))
     for axis, pair, label in (
@@ -53,14 +54,16 @@ def rate_curves(fit: Fit, *, width: float = 3.6) -> Figure:
             axis.plot(fit.t[at], curve[at], color=colour, linestyle=line, linewidth=1.2, label=names.get(name, name))
             if np.isfinite(low).any():
                 axis.fill_between(fit.t[at], low[at], high[at], color=colour, alpha=0.25, linewidth=0)
-        _finish(axis, label, log=False)
-        _legend_above(axis, width)
+        finish_axis(axis, label, log=False)
+        legend_above(axis, width)
         axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     if np.isfinite(fit.alpha).any():
         _without_spikes(beneath, [fit.alpha, fit.beta])
     beneath.set_xlabel("training step", fontsize=SMALL)
     band = f"{fit.confidence:.0%} bands from {fit.n_trials} trials" if not fit.no_interval else "no bands: no trials"
-    _head(figure, [f"Impact within (alpha) and between (beta) classes: {_model(fit)}", f"window {fit.window}, {band}"])
+    write_head(
+        figure, [f"Impact within (alpha) and between (beta) classes: {_model(fit)}", f"window {fit.window}, {band}"]
+    )
     return figure
 
 
@@ -77,7 +80,7 @@ def model_and_data(fit: Fit, *, class_names: Sequence[str] | None = None, width:
     names = [str(k) for k in range(K)] if class_names is None else [str(name) for name in class_names]
     shown, columns = min(K, READABLE_CLASSES), min(K, 3)
     rows = -(-shown // columns)
-    figure = _figure(width, 1.75 * rows + 0.95)
+    figure = new_figure(width, 1.75 * rows + 0.95)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     at, dots = _thinned(len(fit.t)), _thinned(len(fit.t), 40)
     square = p == K
@@ -87,22 +90,22 @@ def model_and_data(fit: Fit, *, class_names: Sequence[str] | None = None, width:
             continue
         for j in range(min(p, READABLE_CLASSES)):
             own = square and j == k
-            style = {"color": BLUE, "linewidth": 1.7} if own else {**_other(j), "marker": "", "linewidth": 1.1}
+            style = {"color": BLUE, "linewidth": 1.7} if own else {**other_style(j), "marker": "", "linewidth": 1.1}
             line = axis.plot(fit.t[at], comparison.predicted[at, k, j], **style)[0]
             sd = comparison.sd[dots, k, j]
             bars = 2 * sd if np.isfinite(sd).all() else None
             axis.errorbar(
                 fit.t[dots], comparison.observed[dots, k, j], yerr=bars, fmt="o", ms=2.0, lw=0.5, color=line.get_color()
             )
-        axis.set_title(f"mean of class {_brief(names[k])}", fontsize=NORMAL, parse_math=False)
-        _finish(axis, ("logit" if square else "feature") if k % columns == 0 else "", log=False)
+        axis.set_title(f"mean of class {brief(names[k])}", fontsize=NORMAL, parse_math=False)
+        finish_axis(axis, ("logit" if square else "feature") if k % columns == 0 else "", log=False)
         if k + columns >= shown:
             axis.set_xlabel("training step", fontsize=SMALL)
             axis.tick_params(labelbottom=True)
     _coordinates_legend(figure, names if square else [f"coordinate {j}" for j in range(p)], square)
     good = comparison.plain
     bars_words = ", ±2 sd" if np.isfinite(comparison.sd).any() else ""
-    _head(
+    write_head(
         figure,
         [
             f"Class means: observed (dots{bars_words}) and {_model(fit)} (lines)",
@@ -119,7 +122,7 @@ def tail_decay(fit: Fit, *, width: float = 3.6) -> Figure:
         fit: the estimates.
         width: inches.
     """
-    figure = _figure(width, 3.1)
+    figure = new_figure(width, 3.1)
     axis = figure.subplots()
     drawn = False
     for quantity, colour, mark in (("alpha", BLUE, "o"), ("gap", ORANGE, "s")):
@@ -149,9 +152,9 @@ def tail_decay(fit: Fit, *, width: float = 3.6) -> Figure:
         axis.legend(fontsize=SMALL, frameon=False)
     else:
         axis.text(0.5, 0.5, fit.tail("dyadic").reason, transform=axis.transAxes, ha="center", fontsize=SMALL, wrap=True)
-    _finish(axis, "average over [t/2, t]", log=False)
+    finish_axis(axis, "average over [t/2, t]", log=False)
     axis.set_xlabel("training step", fontsize=SMALL)
-    _head(figure, [f"How fast impact decays: {_model(fit)}", "slower than 1/t separates; filled: in the fit"])
+    write_head(figure, [f"How fast impact decays: {_model(fit)}", "slower than 1/t separates; filled: in the fit"])
     return figure
 
 
@@ -197,18 +200,10 @@ def _coordinates_legend(figure: Figure, names: Sequence[str], square: bool) -> N
     handles: list[Any] = [Line2D([], [], color=BLUE, linewidth=1.7)] if square else []
     labels = ["logit of its own class"] if square else []
     for j, name in enumerate(shown):
-        handles.append(Line2D([], [], **{**_other(j), "marker": "", "linewidth": 1.1}))
-        labels.append(f"of class {_brief(name)}" if square else name)
+        handles.append(Line2D([], [], **{**other_style(j), "marker": "", "linewidth": 1.1}))
+        labels.append(f"of class {brief(name)}" if square else name)
     legend = figure.legend(
         handles, labels, loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False, handlelength=3.0
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _head(figure: Figure, lines: list[str]) -> None:
-    import textwrap
-
-    width = int(figure.get_figwidth() * 17.5)
-    wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
-    figure.suptitle("\n".join(wrapped), fontsize=NORMAL, parse_math=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +21,27 @@ from local_elasticity.report.reading import (
     read,
     scale_of,
 )
+from local_elasticity.report.style import (
+    NORMAL,
+    SMALL,
+    Y_LABELS,
+    brief,
+    draw_curve,
+    finish_axis,
+    heavy_tailed,
+    legend_above,
+    needs_log,
+    new_figure,
+    other_style,
+    own_style,
+    printable,
+    write_title,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, told apart by colour-blind readers; yellow is left out, it vanishes on white.
-BLUE = "#0072B2"
-OTHERS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
-SMALL, NORMAL = 7.0, 8.0  # points
-Y_LABELS = {"mean": "$S_{rel}$, mean", "median": "$S_{rel}$, median", "ratio_of_means": "$S_{rel}$, ratio of means"}
 
 
 def class_pair_curves(
@@ -64,25 +71,25 @@ def class_pair_curves(
     """
     reading = read(run)
     chosen, shown = reading.select(definition, update), _shown(reading, classes)
-    statistics = ("mean", "median") if _heavy(chosen) else ("mean",)
+    statistics = ("mean", "median") if heavy_tailed(chosen) else ("mean",)
     columns = min(len(shown), max(1, int(width / (1.65 if len(statistics) == 1 else 2.2))), 3)
     blocks = -(-len(shown) // columns)
     rows = blocks * len(statistics)
-    figure = _figure(width, 1.55 * rows + 0.95 + 0.14 * (len(shown) // 4))
+    figure = new_figure(width, 1.55 * rows + 0.95 + 0.14 * (len(shown) // 4))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for at, anchor in enumerate(shown):
         block, column = divmod(at, columns)
         for offset, statistic in enumerate(statistics):
             axis = axes[block * len(statistics) + offset, column]
             _anchor_panel(axis, reading, chosen, anchor, shown, statistic)
-            axis.set_title(f"step on {_brief(anchor)}" if offset == 0 else "", fontsize=NORMAL, parse_math=False)
+            axis.set_title(f"step on {brief(anchor)}" if offset == 0 else "", fontsize=NORMAL, parse_math=False)
             axis.set_ylabel(Y_LABELS[statistic] if column == 0 else "", fontsize=SMALL, parse_math=True)
     for at in range(len(shown), blocks * columns):
         for offset in range(len(statistics)):
             axes[(at // columns) * len(statistics) + offset, at % columns].set_axis_off()
     _label_lowest(axes, reading.x[0])
     _class_legend(figure, reading, shown)
-    _title(figure, reading, "How much a step on one class moved each class", caption(reading, definition, update))
+    write_title(figure, reading, "How much a step on one class moved each class", caption(reading, definition, update))
     return figure
 
 
@@ -105,26 +112,26 @@ def intra_inter(run: Any, *, definition: str | None = None, update: str | None =
     """
     reading = read(run)
     chosen, panels = reading.select(definition, update), reading.panels()
-    statistics = ("mean", "median") if _heavy(chosen) else ("mean",)
+    statistics = ("mean", "median") if heavy_tailed(chosen) else ("mean",)
     heights = [1.5] * len(statistics) + [1.05] * len(panels)
-    figure = _figure(width, sum(heights) + 0.35 * len(heights) + 0.7)
+    figure = new_figure(width, sum(heights) + 0.35 * len(heights) + 0.7)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     x = reading.x[1]
     for axis, statistic in zip(axes, statistics, strict=False):
         for (name, values), style in zip(
-            reading.averages(chosen, statistic).items(), (_intra(), _other(0)), strict=True
+            reading.averages(chosen, statistic).items(), (own_style(), other_style(0)), strict=True
         ):
             label = "own class (intra)" if name == "intra" else "others (inter)"
-            _curve(axis, x, values, label, style)
-        _finish(axis, Y_LABELS[statistic], statistic == "median" or _log(chosen, "mean"))
+            draw_curve(axis, x, values, label, style)
+        finish_axis(axis, Y_LABELS[statistic], statistic == "median" or needs_log(chosen, "mean"))
     for axis, (label, names) in zip(axes[len(statistics) :], panels, strict=True):
         for at, name in enumerate(names):
-            _curve(axis, x, band_of(reading.data, name), name, _intra() if at == 0 else _other(at - 1))
-        _finish(axis, label, log=False)
+            draw_curve(axis, x, band_of(reading.data, name), name, own_style() if at == 0 else other_style(at - 1))
+        finish_axis(axis, label, log=False)
     for axis in axes:
-        _legend_above(axis, width)
+        legend_above(axis, width)
     axes[-1].set_xlabel(reading.x[0], fontsize=SMALL)
-    _title(figure, reading, "Own class against other classes", caption(reading, definition, update))
+    write_title(figure, reading, "Own class against other classes", caption(reading, definition, update))
     return figure
 
 
@@ -160,11 +167,11 @@ def heat_map(
     statistics = ("mean", "median") if heavy else ("mean",)
     count = len(reading.classes)
     each = width / len(statistics) if width else float(np.clip(1.6 + 0.45 * count, 3.3, 6.9))
-    figure = _figure(each * len(statistics), each * 0.86 + 0.55)
+    figure = new_figure(each * len(statistics), each * 0.86 + 0.55)
     for axis, statistic in zip(figure.subplots(1, len(statistics), squeeze=False)[0], statistics, strict=True):
         _matrix(figure, axis, reading, look[statistic].values, statistic, heavy, each)
     when = f"{caption(reading, definition, update, band=False)} · step {int(reading.steps[at])}"
-    _title(figure, reading, "How much a step on a class moved a class", when)
+    write_title(figure, reading, "How much a step on a class moved a class", when)
     return figure
 
 
@@ -220,27 +227,6 @@ def write_all(run: Any, folder: str | Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _intra() -> dict[str, Any]:
-    return {"color": BLUE, "linestyle": "-", "marker": "o", "linewidth": 1.6, "zorder": 3}
-
-
-def _other(at: int) -> dict[str, Any]:
-    """The style of the at-th other class: colours, line styles and markers all turn, at different periods."""
-    return {
-        "color": OTHERS[at % len(OTHERS)],
-        "linestyle": LINES[at % len(LINES)],
-        "marker": MARKERS[at % len(MARKERS)],
-        "linewidth": 1.1,
-        "zorder": 2,
-    }
-
-
 def _shown(reading: Reading, classes: Sequence[str] | None) -> list[str]:
     shown = reading.classes if classes is None else [str(name) for name in classes]
     for name in shown:
@@ -254,16 +240,6 @@ def _shown(reading: Reading, classes: Sequence[str] | None) -> list[str]:
     return shown
 
 
-def _heavy(chosen: xr.Dataset) -> bool:
-    return "heavy_tailed" in chosen and bool(chosen["heavy_tailed"].any())
-
-
-def _log(chosen: xr.Dataset, statistic: str) -> bool:
-    """Means that span decades need a logarithmic axis as much as the medians do."""
-    values = chosen[statistic].values
-    return _heavy(chosen) and scale_of(values, heavy=True).log
-
-
 def _anchor_panel(
     axis: Axes, reading: Reading, chosen: xr.Dataset, anchor: str, shown: Sequence[str], statistic: str
 ) -> None:
@@ -272,42 +248,10 @@ def _anchor_panel(
         if target not in reading.targets:
             continue
         cell = row.isel(target_class=reading.targets.index(target))
-        style = _intra() if target == anchor else _other(shown.index(target))
+        style = own_style() if target == anchor else other_style(shown.index(target))
         faint = target != anchor and len(shown) > 5
-        _curve(axis, reading.x[1], band_of(cell, statistic), target, style, 0.07 if faint else 0.18)
-    _finish(axis, "", statistic == "median" or _log(chosen, statistic))
-
-
-def _curve(
-    axis: Axes, x: np.ndarray, values: tuple[np.ndarray, ...], label: str, style: dict[str, Any], alpha: float = 0.18
-) -> None:
-    centre, low, high = values
-    every = max(1, len(x) // 8)
-    axis.plot(x, centre, label=label, markersize=3, markevery=every, **style)
-    if len(x) == 1 and np.isfinite([low, high]).all():
-        axis.vlines(x, low, high, color=style["color"], linewidth=1.0)
-    elif np.isfinite(low).any():
-        axis.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0, zorder=1)
-    if len(x) == 1:
-        axis.set_xticks(x, labels=[f"{x[0]:.4g}"])
-
-
-def _finish(axis: Axes, label: str, log: bool) -> None:
-    if log:
-        axis.set_yscale("log", nonpositive="mask")
-        _fit_to_lines(axis)
-    axis.set_ylabel(label, fontsize=SMALL, parse_math=label in Y_LABELS.values())
-    axis.tick_params(which="both", labelsize=SMALL, length=2.5)
-    axis.grid(color="0.9", linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _fit_to_lines(axis: Axes) -> None:
-    """Keep a log axis to the curves: a band that reaches 0 would stretch it over empty decades."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
-    values = values[np.isfinite(values) & (values > 0)]
-    if values.size:
-        axis.set_ylim(values.min() / 2, values.max() * 2)
+        draw_curve(axis, reading.x[1], band_of(cell, statistic), target, style, 0.07 if faint else 0.18)
+    finish_axis(axis, "", statistic == "median" or needs_log(chosen, statistic))
 
 
 def _label_lowest(axes: np.ndarray, label: str) -> None:
@@ -321,53 +265,15 @@ def _label_lowest(axes: np.ndarray, label: str) -> None:
 def _class_legend(figure: Figure, reading: Reading, shown: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], markersize=3, **_intra())]
-    handles += [Line2D([], [], markersize=3, **_other(at)) for at in range(len(shown))]
-    labels = ["own class (intra)", *(_printable(f"moved: {_brief(name)}") for name in shown)]
+    handles = [Line2D([], [], markersize=3, **own_style())]
+    handles += [Line2D([], [], markersize=3, **other_style(at)) for at in range(len(shown))]
+    labels = ["own class (intra)", *(printable(f"moved: {brief(name)}") for name in shown)]
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.058 * max(map(len, labels)))))
     legend = figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False, handlelength=3.2
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _legend_above(axis: Axes, width: float) -> None:
-    """A legend over the panel, so that it covers no data."""
-    handles, labels = axis.lines, [str(line.get_label()) for line in axis.lines]
-    columns = max(1, int(width / (0.5 + 0.058 * max(map(len, labels)))))
-    legend = axis.legend(
-        handles,
-        [_printable(label) for label in labels],
-        loc="lower left",
-        bbox_to_anchor=(0, 0.97),
-        ncols=columns,
-        fontsize=SMALL - 0.5,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.0,
-        borderaxespad=0.1,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _printable(label: str) -> str:
-    """Matplotlib leaves labels that begin with an underscore out of a legend."""
-    return f" {label}" if label.startswith("_") else label
-
-
-def _brief(name: str, most: int = 18) -> str:
-    """A class name short enough for a tick."""
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _title(figure: Figure, reading: Reading, what: str, detail: str) -> None:
-    name = str(reading.data.attrs.get("title", ""))
-    width = int(figure.get_figwidth() * 17.5)
-    detail = detail.replace(" ", "\u00a0").replace("\u00a0·\u00a0", "\u00a0· ")  # break between the parts only
-    lines = textwrap.wrap(f"{what}: {name}" if name else what, width) + textwrap.wrap(detail, width)
-    figure.suptitle("\n".join(lines), fontsize=NORMAL, parse_math=False)
 
 
 def _step_position(reading: Reading, step: int | None) -> int:
@@ -410,7 +316,7 @@ def _class_ticks(axis: Axes, reading: Reading, inches: float) -> None:
     for names, ticks, spin in ((reading.targets, axis.set_xticks, 45), (reading.classes, axis.set_yticks, 0)):
         every = -(-len(names) // int(8 * inches))
         size = SMALL if len(names) <= READABLE_CLASSES else 5.0
-        labels = [_brief(name) for name in names[::every]]
+        labels = [brief(name) for name in names[::every]]
         ticks(range(0, len(names), every), labels=labels, fontsize=size, parse_math=False)
         if spin and (len(names) > 4 or max(map(len, names)) > 8):
             axis.tick_params(axis="x", rotation=spin)

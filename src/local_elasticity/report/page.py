@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
-import os
-import string
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from local_elasticity.errors import InputError, missing_extra
+from local_elasticity.errors import missing_extra
+from local_elasticity.report.markup import embedded_figures, plain_words, read_part, template, write_page_text
 from local_elasticity.report.reading import (
     COUNTS,
     ENDS,
@@ -58,7 +55,7 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
     whole = read(run)
     reading = _thinned(whole)
     general = _general_notes(reading, len(whole.steps))
-    page = _template("page.html").substitute(
+    page = template("page.html").substitute(
         title=html.escape(str(reading.data.attrs.get("title") or "Local elasticity through training")),
         answer=html.escape(answer(reading, reading.definitions[0], reading.updates[0])),
         meaning=html.escape(MEANING),
@@ -66,31 +63,14 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
         definitions=_options(reading.definitions, reading.definitions),
         updates=_options(reading.updates, reading.updates),
         statistics=_options(STATISTICS, STATISTICS.values()),
-        figures=_figures(figures or ()),
+        figures=embedded_figures(figures or ()),
         configuration=_configuration(reading),
         run=_json(_payload(reading, general)),
-        style=_text("page.css"),
-        script=_text("page.js"),
+        style=read_part("page.css"),
+        script=read_part("page.js"),
         plotly=_plotly(),
     )
-    return _write(Path(path), page)
-
-
-def _write(path: Path, text: str) -> Path:
-    """Put the whole file in place at once, so that a reader never sees half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _text(name: str) -> str:
-    return resources.files("local_elasticity.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _template(name: str) -> string.Template:
-    return string.Template(_text(name))
+    return write_page_text(Path(path), page)
 
 
 def _plotly() -> str:
@@ -216,43 +196,6 @@ def _configuration(reading: Reading) -> str:
     told = {"title", "configuration", "versions", "definitions"}
     rows += [(name, value) for name, value in attrs.items() if name not in told and not str(name).startswith("_")]
     cell = '<tr><th scope="row">{}</th><td>{}</td></tr>'
-    return "\n".join(cell.format(html.escape(str(name).replace("_", " ")), html.escape(_plain(v))) for name, v in rows)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_plain(v)}" for name, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return "not recorded" if value is None else str(value)
-
-
-def _figures(figures: Iterable[Any]) -> str:
-    """The pictures, inside the page."""
-    shown = [one for one in map(_figure, figures) if one]
-    if not shown:
-        return ""
-    return (
-        '<section aria-labelledby="figures-title">\n<h2 id="figures-title">Figures</h2>\n'
-        + "\n".join(shown)
-        + "</section>"
+    return "\n".join(
+        cell.format(html.escape(str(name).replace("_", " ")), html.escape(plain_words(v))) for name, v in rows
     )
-
-
-def _figure(figure: Any) -> str:
-    if hasattr(figure, "savefig"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-        name, data = "figure", buffer.getvalue()
-    else:
-        path = Path(figure)
-        if path.suffix.lower() != ".png":
-            return ""
-        if not path.is_file():
-            raise InputError(
-                expected="a PNG file", got=str(path), do="write it first: report.save(figure, folder, name)"
-            )
-        name, data = path.stem.replace("_", " "), path.read_bytes()
-    source = base64.b64encode(data).decode("ascii")
-    label = html.escape(name)
-    return f'<figure><img alt="{label}" src="data:image/png;base64,{source}"><figcaption>{label}</figcaption></figure>'

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.figures import NORMAL, SMALL, _curve, _figure, _finish, _intra, _legend_above, _other
+from local_elasticity.report.style import (
+    NORMAL,
+    SMALL,
+    draw_curve,
+    finish_axis,
+    legend_above,
+    new_figure,
+    other_style,
+    own_style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +49,7 @@ def paths_figure(
     shown, features = min(k, most_classes), min(p, 6)
     columns = min(shown, 3)
     rows = -(-shown // columns)
-    figure = _figure(width, 1.9 * rows + 0.95)
+    figure = new_figure(width, 1.9 * rows + 0.95)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for c, axis in enumerate(axes.flat):
         if c >= shown:
@@ -51,9 +60,9 @@ def paths_figure(
             for path in class_means[:5, :, c, j]:
                 axis.plot(t, path, color=style["color"], linewidth=0.4, alpha=0.5, zorder=1)
             centre, band = mean[:, c, j], 2 * spread[:, c, j]
-            _curve(axis, t, (centre, centre - band, centre + band), f"feature {j}", style)
+            draw_curve(axis, t, (centre, centre - band, centre + band), f"feature {j}", style)
         axis.set_title(f"class {c}", fontsize=NORMAL)
-        _finish(axis, "class mean" if c % columns == 0 else "", log=False)
+        finish_axis(axis, "class mean" if c % columns == 0 else "", log=False)
         axis.yaxis.get_offset_text().set_fontsize(SMALL)
         if c + columns >= shown:
             axis.set_xlabel("time t", fontsize=SMALL)
@@ -63,7 +72,7 @@ def paths_figure(
         handles, labels = [], []
         from matplotlib.lines import Line2D
 
-        for label, style in [("own logit", _intra()), *((f"logit {j}", _other(j)) for j in range(features))]:
+        for label, style in [("own logit", own_style()), *((f"logit {j}", other_style(j)) for j in range(features))]:
             handles.append(Line2D([], [], markersize=3, **style))
             labels.append(label)
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=SMALL, frameon=False, handlelength=3.2)
@@ -72,7 +81,7 @@ def paths_figure(
 
 
 def _style(feature: int, c: int, logits: bool) -> dict[str, Any]:
-    return _intra() if logits and feature == c else _other(feature)
+    return own_style() if logits and feature == c else other_style(feature)
 
 
 def separability_figure(found: Separability, *, detail: str = "", width: float = 3.5) -> Figure:
@@ -83,24 +92,24 @@ def separability_figure(found: Separability, *, detail: str = "", width: float =
         detail: second line of the title.
         width: inches.
     """
-    figure = _figure(width, 3.7)
+    figure = new_figure(width, 3.7)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, 1])
     order = np.argsort(found.t)
     t = found.t[order]
     band = (found.probability[order], found.low[order], found.high[order])
-    _curve(top, t, band, f"all pairs ({100 * found.confidence:g} % interval)", _intra())
+    draw_curve(top, t, band, f"all pairs ({100 * found.confidence:g} % interval)", own_style())
     pairs = found.pair_probability[order]
-    _curve(top, t, (pairs, np.full_like(pairs, np.nan), np.full_like(pairs, np.nan)), "one pair", _other(0))
+    draw_curve(top, t, (pairs, np.full_like(pairs, np.nan), np.full_like(pairs, np.nan)), "one pair", other_style(0))
     if found.theory.random_labelling > 1e-3:
         top.axhline(found.theory.random_labelling, color="0.5", linestyle=":", linewidth=1)
     top.set_ylim(-0.04, 1.04)
-    _finish(top, "P(separable)", log=False)
+    finish_axis(top, "P(separable)", log=False)
     top.margins(x=0.04)
-    _legend_above(top, width)
+    legend_above(top, width)
     ratio = found.theory.log_ratio[order] / np.log(10)
     bottom.plot(t, ratio, color="k", linewidth=1.2)
     bottom.axhline(0, color="0.6", linewidth=0.7)
-    _finish(bottom, "", log=False)
+    finish_axis(bottom, "", log=False)
     bottom.set_ylabel("$\\log_{10}$ R(t)", fontsize=SMALL, parse_math=True)
     bottom.set_xlabel("time t", fontsize=SMALL)
     if t.size > 2 and t.min() > 0 and t.max() / t.min() > 300:
@@ -122,7 +131,7 @@ def phase_figure(diagram: PhaseDiagram, *, at: int = -1, width: float = 3.8) -> 
 
     from local_elasticity.report.reading import colours
 
-    figure = _figure(width, width * 0.86)
+    figure = new_figure(width, width * 0.86)
     axis = figure.subplots()
     r, c = diagram.exponents, diagram.scales
     mesh = axis.pcolormesh(

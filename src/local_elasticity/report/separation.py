@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.figures import NORMAL, SMALL, _figure
+from local_elasticity.report.style import NORMAL, SMALL, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def separation(
     """
     from matplotlib.colors import TwoSlopeNorm
 
-    figure = _figure(width, 0.27 * len(rows) + 1.55 + 0.12 * caption.count("\n"))
+    figure = new_figure(width, 0.27 * len(rows) + 1.55 + 0.12 * caption.count("\n"))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, (values, chance)) in zip(axes, panels.items(), strict=True):
         values = np.asarray(values, dtype=float)

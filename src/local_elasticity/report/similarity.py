@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.figures import BLUE, MARKERS, NORMAL, OTHERS, SMALL
+from local_elasticity.report.style import BLUE, MARKERS, NORMAL, OTHERS, SMALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

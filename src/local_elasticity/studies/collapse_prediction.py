@@ -297,7 +297,7 @@ class CollapseStudy(EnsembleStudy):
         return self.finish(claims, notes, figures, scale, out)
 
     def _figure(self, record: Record, half: Half, shown: dict[float, Any], scale: str) -> Any:
-        from local_elasticity.report.ensembles import Chart, Curve, charts
+        from local_elasticity.report.charts import Chart, Curve, charts
 
         whole, metrics = what_happened(record, half.judged, -1.0)
         titles = {
@@ -327,7 +327,7 @@ class CollapseStudy(EnsembleStudy):
         return charts(content, title, columns=3, height=2.2)
 
     def _errors(self, table: dict[float, dict[tuple[str, str], dict[str, np.ndarray]]], scale: str) -> Any:
-        from local_elasticity.report.ensembles import Chart, Curve, charts
+        from local_elasticity.report.charts import Chart, Curve, charts
 
         after = np.array(list(table))
         content = []

@@ -51,7 +51,7 @@ class ClassesStudy(EnsembleStudy):
         return self.finish(claims, notes, {"classes": self._figure(records, fits, scale)}, scale, out)
 
     def _figure(self, records: list[Record], fits: dict[tuple[int, str], Fit], scale: str) -> Any:
-        from local_elasticity.report.ensembles import Chart, Curve, charts
+        from local_elasticity.report.charts import Chart, Curve, charts
 
         content = []
         step = "training step"

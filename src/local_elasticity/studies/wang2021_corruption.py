@@ -219,7 +219,7 @@ class CorruptionStudy(EnsembleStudy):
 
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
-        from local_elasticity.report.ensembles import located
+        from local_elasticity.report.charts import located
 
         rates = [read(rate, record) for rate, record in zip(size.rates, records, strict=True)]
         places = located_by(rates)
@@ -268,7 +268,7 @@ class CorruptionStudy(EnsembleStudy):
         )
 
     def _figure(self, rates: list[Rate], scale: str) -> Any:
-        from local_elasticity.report.ensembles import Chart, Curve, charts
+        from local_elasticity.report.charts import Chart, Curve, charts
 
         names = [f"p = {one.rate:.2g}" for one in rates]
         times = [one.record.dataset["validation_step"].values for one in rates]

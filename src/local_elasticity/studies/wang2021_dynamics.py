@@ -173,7 +173,7 @@ class DynamicsStudy(EnsembleStudy):
 
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
-        from local_elasticity.report.ensembles import class_means_in_the_plane, rate_panels
+        from local_elasticity.report.charts import class_means_in_the_plane, rate_panels
 
         claims: list[Claim] = []
         rows: list[tuple[str, Fit, Fit | None]] = []
@@ -224,7 +224,7 @@ class DynamicsStudy(EnsembleStudy):
         ]
 
     def _drawn(self, record: Record) -> Any:
-        from local_elasticity.report.ensembles import Dynamics
+        from local_elasticity.report.charts import Dynamics
 
         steps = len(record.logits)
         shown = np.unique(np.linspace(0, steps - 1, 50).astype(int))
@@ -254,7 +254,7 @@ def describe(record: Record) -> str:
 
 def loop_figure(records: list[Record], fits: dict, measured: dict, scale: str) -> Any:
     """The loop closed: rates measured by real steps beside those estimated from growth."""
-    from local_elasticity.report.ensembles import Chart, Curve, charts
+    from local_elasticity.report.charts import Chart, Curve, charts
 
     content = []
     for at, record in enumerate(records):

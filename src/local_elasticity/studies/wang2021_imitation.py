@@ -349,7 +349,7 @@ class ImitationStudy(EnsembleStudy):
     def _figure(
         self, name: str, half: Half, first: dict[str, Simulated], found: dict[str, dict[str, np.ndarray]], scale: str
     ) -> Any:
-        from local_elasticity.report.ensembles import Imitation, imitation
+        from local_elasticity.report.charts import Imitation, imitation
 
         observed = half.observed()
         content = [

@@ -97,7 +97,7 @@ class SizeStudy(EnsembleStudy):
         return self.finish(claims, notes, {"size": self._figure(records, images, scale)}, scale, out)
 
     def _figure(self, records: list[Record], images: list[int], scale: str) -> Any:
-        from local_elasticity.report.ensembles import Chart, Curve, charts
+        from local_elasticity.report.charts import Chart, Curve, charts
 
         names = [f"{m}" for m in images]
         pairs = list(zip(names, records, strict=True))

@@ -13,8 +13,18 @@ import numpy as np
 from jaxtyping import Float
 
 from local_elasticity.lesde.published import displayed
-from local_elasticity.report.estimation import ORANGE, _head, _thinned, _without_spikes
-from local_elasticity.report.figures import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, _figure, _finish
+from local_elasticity.report.estimation import ORANGE, _thinned, _without_spikes
+from local_elasticity.report.style import (
+    BLUE,
+    LINES,
+    MARKERS,
+    NORMAL,
+    OTHERS,
+    SMALL,
+    finish_axis,
+    new_figure,
+    write_head,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +74,7 @@ def class_means_in_the_plane(content: Sequence[Dynamics], title: str, *, width: 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure = _figure(width, 2.75 * len(content) + 0.3)
+    figure = new_figure(width, 2.75 * len(content) + 0.3)
     axes = figure.subplots(len(content), 2, squeeze=False)
     for (left, right), one in zip(axes, content, strict=True):
         colours = ScalarMappable(Normalize(one.times[0], one.times[-1]), "viridis")
@@ -73,7 +83,7 @@ def class_means_in_the_plane(content: Sequence[Dynamics], title: str, *, width: 
         bar.set_label("training step", fontsize=SMALL)
         bar.ax.tick_params(labelsize=SMALL - 1, length=2)
         _projections(right, one)
-    _head(figure, [title])
+    write_head(figure, [title])
     return figure
 
 
@@ -94,7 +104,7 @@ def _triangles(axis: Axes, one: Dynamics, colours: Any) -> None:
     axis.set_aspect("equal", adjustable="datalim")
     axis.legend(fontsize=SMALL - 0.5, frameon=False, loc="best", handlelength=2.4)
     axis.set_title(f"{one.name}: class means, logits of mean 0", fontsize=NORMAL)
-    _finish(axis, "towards the logit of class 0", log=False)
+    finish_axis(axis, "towards the logit of class 0", log=False)
     axis.set_xlabel("towards class 2, away from class 1", fontsize=SMALL)
 
 
@@ -109,7 +119,7 @@ def _projections(axis: Axes, one: Dynamics) -> None:
         axis.plot(times, one.samples[own] @ nu, ".", color=CLASS_COLOURS[k], markersize=1.2, alpha=0.35)
         axis.plot(one.times, one.means[:, k] @ nu, **style, linewidth=1.5, label=name)
     axis.set_title(f"along class {a} - class {b}", fontsize=NORMAL)
-    _finish(axis, "projection of logits", log=False)
+    finish_axis(axis, "projection of logits", log=False)
     axis.set_xlabel("training step", fontsize=SMALL)
 
 
@@ -128,7 +138,7 @@ def rate_panels(
         direct: name of a row -> "t", and Bands "alpha", "beta" measured directly, drawn as points.
         width: inches.
     """
-    figure = _figure(width, 1.75 * len(rows) + 0.6)
+    figure = new_figure(width, 1.75 * len(rows) + 0.6)
     axes = figure.subplots(len(rows), 2, squeeze=False, sharex="row")
     for (left, right), (name, fit, published) in zip(axes, rows, strict=True):
         for axis, pair in ((left, ("A", "B")), (right, ("alpha", "beta"))):
@@ -140,8 +150,8 @@ def rate_panels(
             _measured_points(right, direct[name])
         _without_spikes(right, curves)
         left.set_title(name, fontsize=NORMAL, loc="left")
-        _finish(left, "integral", log=False)
-        _finish(right, "impact per step", log=False)
+        finish_axis(left, "integral", log=False)
+        finish_axis(right, "impact per step", log=False)
     for axis in axes[-1]:
         axis.set_xlabel("training step", fontsize=SMALL)
     handles = [*axes[0, 0].lines, *axes[0, 1].lines]
@@ -154,7 +164,7 @@ def rate_panels(
         fontsize=SMALL,
         frameon=False,
     )
-    _head(figure, [title])
+    write_head(figure, [title])
     return figure
 
 
@@ -242,7 +252,7 @@ def charts(
         height: inches of a row.
     """
     rows = -(-len(content) // columns)
-    figure = _figure(width, height * rows + 0.35)
+    figure = new_figure(width, height * rows + 0.35)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     explained: set[tuple[str, ...]] = set()
     for axis, chart in zip(axes, content, strict=False):
@@ -261,7 +271,7 @@ def charts(
             explained.add(names)
     for axis in axes[len(content) :]:
         axis.set_axis_off()
-    _head(figure, [title])
+    write_head(figure, [title])
     return figure
 
 
@@ -309,7 +319,7 @@ def _chart(axis: Axes, chart: Chart) -> None:
             va="top",
         )
     axis.set_title(chart.title, fontsize=NORMAL, loc="left")
-    _finish(axis, chart.y_label, log=chart.log)
+    finish_axis(axis, chart.y_label, log=chart.log)
     if chart.log:
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
@@ -329,7 +339,7 @@ def located(rows: Sequence[tuple[str, float, float, float]], predicted: float, t
         title: over the figure.
         label: of the x axis.
     """
-    figure = _figure(5.2, 0.28 * len(rows) + 1.1)
+    figure = new_figure(5.2, 0.28 * len(rows) + 1.1)
     axis = figure.subplots()
     axis.axvline(predicted, color="0.35", linewidth=1)
     for at, (_, value, low, high) in enumerate(rows):
@@ -341,11 +351,11 @@ def located(rows: Sequence[tuple[str, float, float, float]], predicted: float, t
         else:
             axis.annotate("nowhere", (0.02, y), xycoords=("axes fraction", "data"), fontsize=SMALL - 1, va="center")
     axis.set_yticks(range(len(rows)), labels=[name for name, *_ in rows][::-1])
-    _finish(axis, "", log=False)
+    finish_axis(axis, "", log=False)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xlim(-0.02, 1.0)
     axis.set_xlabel(label, fontsize=SMALL)
-    _head(figure, [title])
+    write_head(figure, [title])
     return figure
 
 
@@ -378,7 +388,7 @@ def imitation(content: Sequence[Imitation], title: str, *, columns: int = 3, wid
         width: inches.
     """
     rows = -(-len(content) // columns)
-    figure = _figure(width, 2.0 * rows + 0.6)
+    figure = new_figure(width, 2.0 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, one in zip(axes.flat, content, strict=False):
         line, dots = _thinned(len(one.t), 600), _thinned(len(one.t), 30)
@@ -393,7 +403,7 @@ def imitation(content: Sequence[Imitation], title: str, *, columns: int = 3, wid
             if np.isfinite(low).any():
                 axis.fill_between(one.t[line], low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_title(one.title, fontsize=SMALL + 0.5, loc="left")
-        _finish(axis, "logit", log=False)
+        finish_axis(axis, "logit", log=False)
         seen = np.abs(one.observed).max()
         axis.set_ylim(-2.2 * seen, 2.2 * seen)
     axes.flat[0].legend(fontsize=SMALL - 1, frameon=False, loc="best", handlelength=2.2)
@@ -401,5 +411,5 @@ def imitation(content: Sequence[Imitation], title: str, *, columns: int = 3, wid
         axis.set_axis_off()
     for column in axes.T:
         [axis for axis in column if axis.axison][-1].set_xlabel("training step", fontsize=SMALL)
-    _head(figure, [title])
+    write_head(figure, [title])
     return figure
