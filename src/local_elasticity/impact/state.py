@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from local_elasticity.impact.arithmetic import exact_float32
 
 Mode = Literal["eval", "train", "as_is"]
 
@@ -35,7 +37,7 @@ def preserved(model: nn.Module, mode: Mode) -> Iterator[dict[str, Any]]:
 
     Buffers live in copies meanwhile, so their own bits are never written. Flags are set one by one, because a
     module's own ``train()`` may do more than set a flag. Autocast's weight cache is off inside: it would serve casts of
-    the weights from before the step.
+    the weights from before the step. A model on CUDA computes with `exact_float32`.
 
     Yields:
         The random state at the start, so that every forward pass can see the same stream.
@@ -56,7 +58,8 @@ def preserved(model: nn.Module, mode: Mode) -> Iterator[dict[str, Any]]:
             buffer.data = copies[id(buffer)]
         for module, _ in flags:
             module.training = {"eval": False, "train": True, "as_is": module.training}[mode]
-        with torch.inference_mode(False):
+        cuda = any(parameter.is_cuda for parameter in model.parameters())
+        with torch.inference_mode(False), exact_float32() if cuda else nullcontext():
             yield streams
     finally:
         for module, flag in flags:
