@@ -840,6 +840,7 @@ def reproduce(
     backend: Literal["serial", "loky", "ray", "dask"] | None = None,
     jobs: int = 1,
     address: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     trainings: Path | None = None,
     train_only: bool = False,
@@ -862,6 +863,7 @@ def reproduce(
         backend: where independent runs are made: serial, loky (processes here), ray or dask (a cluster).
         jobs: runs at once; with more than one, loky unless a backend is named.
         address: of a running Ray or dask cluster, HOST:PORT.
+        device: of the networks, cpu or cuda; for studies of images and of ensembles.
         overwrite: throw away what is already there.
         trainings: for studies of ensembles: a folder of trainings to share; else those of neighbouring studies are.
         train_only: for studies of ensembles: stop after the trainings.
@@ -877,10 +879,11 @@ def reproduce(
     workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
     if from_ is not None:
         return reproduction.replay(from_, out, workers, overwrite)
+    _device(device)
     if so_far:
         return reproduction.so_far(names, scale, _sizes(size), out)
     ensembles = {"trainings": trainings, "train_only": train_only, "only": only}
-    return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite, results, ensembles)
+    return reproduction.reproduce(names, scale, _sizes(size), out, workers, overwrite, results, ensembles, device)
 
 
 def _sizes(words: list[str] | None) -> dict[str, str]:

@@ -383,6 +383,73 @@ def test_layers_by_name_in_one_pass(positions):
     assert collapse.compute() == {}
 
 
+class Block(nn.Module):
+    """Convolution and normalisation, with something between or after them."""
+
+    def __init__(self, between=None, norm=nn.BatchNorm2d, after=None):
+        super().__init__()
+        self.conv, self.norm, self.between = nn.Conv2d(1, 4, 3), norm(4), between
+        if after is not None:
+            self.norm.register_forward_hook(after)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x if self.between is None else self.between(x)).relu_()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("block", "derived"),
+    [
+        ({}, True),
+        ({"between": nn.ReLU()}, False),
+        ({"between": nn.ReLU(inplace=True)}, False),
+        ({"after": lambda module, arguments, output: output**2}, False),
+        ({"norm": lambda n: nn.BatchNorm2d(n, track_running_stats=False)}, False),
+        ({"norm": lambda n: nn.BatchNorm2d(n, affine=False)}, True),
+        ({"norm": lambda n: nn.GroupNorm(2, n)}, False),
+    ],
+)
+def test_averages_of_normalised_outputs_come_from_those_before(block, derived, inference, monkeypatch):
+    model, (x, y) = Block(**block).double(), images()
+    x = x.double()
+    model(3 * x + 1)  # running statistics that are no identity
+    model.eval()
+    with torch.no_grad():
+        inputs = model.conv(x)
+        outputs = model.norm(inputs if model.between is None else model.between(inputs)).mean((2, 3))
+    averaged = []
+
+    def counting(*arguments, **options):
+        averaged.append(arguments)
+        return to_features(*arguments, **options)
+
+    monkeypatch.setattr("local_elasticity.collapse.layers.to_features", counting)
+    with torch.inference_mode(inference):
+        found = layer_outputs(model, x, ["conv", "norm"])
+    torch.testing.assert_close(found["norm"], outputs, rtol=1e-12, atol=1e-12)
+    assert len(averaged) == (1 if derived and not inference else 2)
+
+
+def test_the_statistics_of_the_batch_are_not_those_that_run():
+    model, (x, _) = Block().double().train(), images()
+    x = 3 * x.double() + 1
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).norm(model.conv(x)).mean((2, 3))
+    torch.testing.assert_close(layer_outputs(model, x, ["conv", "norm"])["norm"], outputs)
+
+
+def test_many_features_are_worked_on_in_groups(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(30) % 3
+    features = [torch.randn(30, dim, generator=generator) + labels[:, None] for dim in (5, 40, 2, 7, 7, 90, 1)]
+    whole = metrics_of_many(features, labels)
+    for together in (1, 300, 1500):
+        monkeypatch.setattr("local_elasticity.collapse.geometry.TOGETHER", together)
+        for some, all_ in zip(metrics_of_many(features, labels), whole, strict=True):
+            same(some, all_)
+
+
 def test_convolution_outputs_may_be_given_as_they_are():
     x, y = torch.randn(12, 3, 4, 5), torch.arange(12) % 2
     same(_of_images(x, y, 3, "mean"), metrics(x.mean((2, 3)), y), rel=1e-5)

@@ -223,3 +223,29 @@ def test_the_list_needs_no_heavy_package():
     code += "r.show_list(False); print(sorted({'sklearn', 'statsmodels', 'matplotlib', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+class Placed(Toy):
+    """A study whose networks may lie elsewhere."""
+
+    def run(self, scale, out, overwrite=False, device="cpu"):
+        self.ran.append(device)
+        return super().run(scale, out, overwrite)
+
+
+def test_a_device_goes_to_the_studies_that_take_one_and_to_their_replays(toys, capsys):
+    toys["toy-placed"] = placed = Placed()
+    order = reproduction.Order("toy-placed", "small", out=Path("a"), device="meta")
+    assert reproduction.run(order) == 0
+    assert json.loads(Path("a/study.json").read_text())["device"] == "meta"
+    assert "--device meta" in reproduction.command(order)
+    assert run("--from", "a") == 0
+    assert [where for where in placed.ran if isinstance(where, str)] == ["meta", "meta"]
+    reproduction.reproduce(["all"], "small", {}, Path("b"), Workers(), False, device="meta")
+    assert [where for where in placed.ran if isinstance(where, str)] == ["meta"] * 3
+    assert json.loads(Path("b/toy-one-small/study.json").read_text())["device"] == "cpu"
+    with pytest.raises(InputError, match=r"one of toy-placed.*toy-one with --device meta"):
+        reproduction.run(reproduction.Order("toy-one", "small", out=Path("c"), device="meta"))
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "toy-placed", "--device", "cdua"])
+    assert "'cdua'" in capsys.readouterr().err

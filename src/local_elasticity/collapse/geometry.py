@@ -24,7 +24,7 @@ A metric that is not defined (no spread between class means, a class mean at the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +38,7 @@ from local_elasticity.errors import InputError, nearest
 Weighting = Literal["classes", "samples"]
 Form = Literal["span", "svd", "pinv"]
 FORMS = ("span", "svd", "pinv")
+TOGETHER = 2**16  # numbers of the features that are worked on at once: half a megabyte in float64
 GEOMETRY = (
     "nc1",
     "nc1_quotient",
@@ -87,7 +88,7 @@ def metrics(
     weight, bias = classifier(weight, bias, k, features.shape[1], parts.x.device)
     if not parts.finite[0]:
         return dict.fromkeys(GEOMETRY + CLASSIFIER, math.nan)
-    found = parts.geometry()[0] | alignment(weight, parts.centred[0])
+    found = _geometry([parts])[0] | alignment(weight, parts.centred[0])
     return found | {"nc4": float(disagreeing(parts.x, parts.means, weight, bias) / len(parts.x))}
 
 
@@ -116,9 +117,22 @@ def metrics_of_many(
         check_features(one, labels)
     if not features:
         return []
-    parts = _Parts.of(features, labels, n_classes or int(labels.max()) + 1, weighting)
+    k = n_classes or int(labels.max()) + 1
+    parts = [_Parts.of(some, labels, k, weighting) for some in _groups(features)]
+    finite = [one for part in parts for one in part.finite]
     nothing: dict[str, float] = dict.fromkeys(GEOMETRY, math.nan)
-    return [found if finite else dict(nothing) for found, finite in zip(parts.geometry(), parts.finite, strict=True)]
+    return [found if fine else dict(nothing) for found, fine in zip(_geometry(parts), finite, strict=True)]
+
+
+def _groups(features: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Small features together, as many as stay in the cache: it is their number that costs, and their size in memory."""
+    group: list[Tensor] = []
+    for one in features:
+        if group and sum(map(Tensor.numel, group)) + one.numel() > TOGETHER:
+            yield group
+            group = []
+        group.append(one)
+    yield group
 
 
 @dataclass(eq=False)
@@ -158,13 +172,19 @@ class _Parts:
         centred, shares = centre(means, counts, variances, weighting, sizes)
         return cls(x, means, counts, variances, centred, rest.split(sizes, 1), shares, finite)
 
-    def geometry(self) -> list[dict[str, float]]:
-        projected = []
-        for rest, centred in zip(self.rest, self.centred, strict=True):
-            along = rest @ centred.T
-            projected.append(along.T @ along)
-        frequencies = self.counts / len(self.x)
-        return geometry(self.centred, self.shares, self.variances, frequencies, torch.stack(projected) / len(self.x))
+    def projected(self) -> Float64[Tensor, "features k k"]:
+        """M Sigma_W M^T of each."""
+        along = torch.stack([rest @ centred.T for rest, centred in zip(self.rest, self.centred, strict=True)])
+        return along.mT @ along / len(self.x)
+
+
+def _geometry(parts: Sequence[_Parts]) -> list[dict[str, float]]:
+    """The metrics of all features of several parts about the same samples."""
+    first = parts[0]
+    centred = [one for part in parts for one in part.centred]
+    variances = torch.cat([part.variances for part in parts], dim=1)
+    projected = torch.cat([part.projected() for part in parts])
+    return geometry(centred, first.shares, variances, first.counts / len(first.x), projected)
 
 
 def geometry(

@@ -184,13 +184,30 @@ def layer_outputs(
     return {name: found[name] for name in layers}
 
 
+def _maps_means(module: nn.Module) -> bool:
+    """Whether a layer's output averaged over positions is the layer's output for the average.
+
+    So it is for batch normalisation by running statistics, channel by channel an affine map; a second hook may be the
+    caller's and change the output.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    running = type(module) in kinds and not module.training and module.running_mean is not None
+    return running and len(module._forward_hooks) == 1 and not module._forward_pre_hooks
+
+
+def _statistics(module: Any) -> tuple[Any, ...]:
+    return module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
+
+
 @contextmanager
 def _listening(
     model: nn.Module, layers: Iterable[str], found: dict[str, Tensor], positions: Positions, samples: int
 ) -> Iterator[Mapping[str, Tensor]]:
     modules = dict(model.named_modules())
+    before: tuple[Tensor, int, Tensor] | None = None  # the last output, its version, and its features
 
-    def keep(name: str, module: nn.Module, x: Any) -> None:
+    def keep(name: str, module: nn.Module, x: Any, source: Any = None) -> None:
+        nonlocal before
         if name in found:
             raise InputError(expected="layers that are used once", got=f"{name!r} used again", do="leave it out")
         if not isinstance(x, Tensor) or x.dim() < 1 or len(x) != samples:
@@ -198,15 +215,22 @@ def _listening(
             raise InputError(
                 expected=f"outputs of layer {name!r} as a tensor ({samples}, ...)", got=got, do="leave it out"
             )
-        last = x.dim() == 3 and not isinstance(module, CHANNELS_FIRST)
-        found[name] = to_features(x, positions, channels_last=last)
+        same = before is not None and before[0] is source and before[0]._version == before[1]
+        if before is not None and same and positions == "mean" and _maps_means(module):
+            found[name] = nn.functional.batch_norm(before[2], *_statistics(module))
+        else:
+            last = x.dim() == 3 and not isinstance(module, CHANNELS_FIRST)
+            found[name] = to_features(x, positions, channels_last=last)
+        before = None if x.is_inference() else (x, x._version, found[name])  # which have no version
 
     def listen(name: str) -> Any:
         linear = last_linear(model)
         if name == PENULTIMATE and linear is not None:
             return linear.register_forward_pre_hook(lambda module, arguments: keep(name, module, arguments[0]))
         module = model if name == OUTPUTS else modules[name]
-        return module.register_forward_hook(lambda module, arguments, output: keep(name, module, output))
+        return module.register_forward_hook(
+            lambda module, arguments, output: keep(name, module, output, *arguments[:1])
+        )
 
     handles = [listen(name) for name in layers]
     try:

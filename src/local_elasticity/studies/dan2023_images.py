@@ -104,6 +104,7 @@ class Job:
         folder: of the run.
         aloud: print a line with every snapshot.
         probes: the probe steps, names of ``PROBES``.
+        device: where to compute.
     """
 
     condition: Condition
@@ -117,6 +118,7 @@ class Job:
     folder: Path
     aloud: bool
     probes: tuple[str, ...] = PROBES
+    device: str = "cpu"
 
 
 def load(condition: Condition, size: Scale, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -200,11 +202,12 @@ class _Run:
         condition, size, folder = job.condition, job.size, job.folder
         self.job = job
         self.seed = job.seed + job.index
-        tensors = job.images.tensors(augment=job.seed)
+        inputs, labels = job.images.tensors(augment=job.seed)
+        tensors = inputs.to(job.device), labels.to(job.device)
         self.probes = le.data.probes(job.images, per_class=size.probes_per_class, seed=job.seed, tensors=tensors)
         held = job.test.take(min(size.test_per_class, int(job.test.counts.min())), job.seed)
         torch.manual_seed(self.seed)
-        self.model = le.networks.build(condition.network, len(condition.classes), job.images.shape)
+        self.model = le.networks.build(condition.network, len(condition.classes), job.images.shape).to(job.device)
         training = Training(
             size.epochs,
             size.batch_size,
@@ -216,7 +219,8 @@ class _Run:
             seed=self.seed,
         )
         self.loss_fn = torch.nn.functional.cross_entropy
-        self.session = _TimedSession(self.model, self.loss_fn, tensors, training, held.tensors(), folder / "checkpoint")
+        kept_out = self._placed(held)
+        self.session = _TimedSession(self.model, self.loss_fn, tensors, training, kept_out, folder / "checkpoint")
         configuration = {**job.settings, **asdict(condition), "run": job.index, "run_seed": self.seed}
         configuration["test_data"] = f"{len(held)} images of the true test split, {job.test.origin}"
         resume = prepare_folder(folder, configuration, overwrite=False)
@@ -287,7 +291,11 @@ class _Run:
     def _whole_test(self) -> tuple[float, float]:
         from local_elasticity.training.loop import evaluate
 
-        return evaluate(self.model, self.loss_fn, *self.job.test.tensors())
+        return evaluate(self.model, self.loss_fn, *self._placed(self.job.test))
+
+    def _placed(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
+        inputs, labels = images.tensors()
+        return inputs.to(self.job.device), labels.to(self.job.device)
 
     def _tell(self, progress: Any, left: float) -> None:
         note = {"update": progress.update, "total": progress.total, "left": left}
@@ -335,7 +343,7 @@ class _Run:
                 check_pairs=0,
             )
             for part in ("before", "after", "source_before", "source_after"):
-                arrays[f"{name}_{part}"] = getattr(impact, part).numpy()
+                arrays[f"{name}_{part}"] = getattr(impact, part).cpu().numpy()
         return arrays
 
 
@@ -371,7 +379,9 @@ class ImageStudy:
     seed: int = 1234
     probes: tuple[str, ...] = PROBES
 
-    def run(self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None) -> int:
+    def run(
+        self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None, device: str = "cpu"
+    ) -> int:
         """Train and track every run of this scale, judge the claims, draw.
 
         Args:
@@ -379,11 +389,12 @@ class ImageStudy:
             out: the study's folder; an interrupted study continues there.
             overwrite: throw away what is there.
             workers: where the runs are made; one after the other in this process by default.
+            device: of every run, for example "cuda".
 
         Returns:
             1 when a claim fails, else 0.
         """
-        return self.run_at(self.sizes[scale], scale, out, overwrite, workers)
+        return self.run_at(self.sizes[scale], scale, out, overwrite, workers, device)
 
     def estimated_bytes(self, scale: str, size: Scale | None, jobs: int) -> int:
         """Disk that the study takes: outputs and tables of every run, checkpoints of those at work."""
@@ -396,7 +407,13 @@ class ImageStudy:
         return runs * (outputs + 5 * 2**20) + 3 * checkpoint * min(jobs, runs) + 50 * 2**20
 
     def run_at(
-        self, size: Scale, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None
+        self,
+        size: Scale,
+        scale: str,
+        out: Path,
+        overwrite: bool = False,
+        workers: Workers | None = None,
+        device: str = "cpu",
     ) -> int:
         """As ``run``, with the size given; ``scale`` says which conditions."""
         from local_elasticity.studies.dan2023_tables import tables_of
@@ -415,23 +432,23 @@ class ImageStudy:
             **{name: value for name, value in asdict(size).items() if name != "runs"},
             "conditions": [asdict(condition) for condition in loaded],
             "data_origin": origins,
+            "device": device,
         }
         prepare_folder(out, settings, overwrite)
         print(
             f"{self.title}, {words_of(self, size, scale)}: {scale} costs about {self.cost.get(scale, 'unknown time')}; "
-            f"{workers.words}"
+            f"{workers.words}{'' if device == 'cpu' else f', on {device}'}"
         )
         for name, origin in origins.items():
             print(f"{name}: {origin}", flush=True)
-        common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr")} | asdict(size)
+        common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr", "device")} | asdict(size)
         del common["runs"]
         aloud, tasks = workers.backend == "serial", []
         for condition, (images, test) in loaded.items():
             mine = {**common, "data_origin": images.origin}
             for index, folder in self.folders(condition, size, scale, out):
-                job = Job(
-                    condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud, self.probes
-                )
+                what = (condition, size, self.probe_lr, index, self.seed, images, test, mine, folder, aloud)
+                job = Job(*what, self.probes, device)
                 tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
         started = time.perf_counter()
         with watched([task.record.parent for task in tasks], aloud=workers.backend != "serial"):

@@ -34,6 +34,7 @@ class Order:
         overwrite: throw away what is there.
         workers: where its tasks run.
         ensembles: options of the studies of ensembles: ``trainings``, ``train_only``, ``only``.
+        device: of the networks, for example "cuda".
     """
 
     name: str
@@ -43,6 +44,7 @@ class Order:
     overwrite: bool = False
     workers: Workers = field(default_factory=Workers)
     ensembles: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def folder(self) -> Path:
@@ -88,6 +90,9 @@ def run(order: Order) -> int:
     parameters = inspect.signature(study.run).parameters
     extra: dict[str, Any] = {"workers": order.workers} if "workers" in parameters else {}
     extra |= ensemble_options(study, order)
+    if order.device != "cpu":
+        check_device(study, order)
+        extra["device"] = order.device
     note = Note(folder, order)
     note.start()
     try:
@@ -145,6 +150,24 @@ def ensemble_options(study: Any, order: Order) -> dict[str, Any]:
         words = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise InputError(expected="a study of ensembles", got=f"{order.name} with {words}", do="leave it out")
     return given
+
+
+def takes_device(study: Any) -> bool:
+    """Whether a study trains networks that may lie elsewhere than in main memory."""
+    return "device" in inspect.signature(study.run).parameters
+
+
+def check_device(study: Any, order: Order) -> None:
+    """Refuse a device for a study that has no use for one.
+
+    Raises:
+        InputError: naming those that have.
+    """
+    if not takes_device(study):
+        able = ", ".join(name for name, one in sorted(studies().items()) if takes_device(one))
+        raise InputError(
+            expected=f"one of {able}", got=f"{order.name} with --device {order.device}", do="leave --device out"
+        )
 
 
 def check_versions(folder: Path) -> None:
@@ -207,6 +230,7 @@ class Note:
             "sizes": dict(self.order.sizes),
             "command": command(self.order),
             "workers": self.order.workers.words,
+            "device": self.order.device,
             "versions": versions(),
             "git_revision": git_revision(),
             "machine": machine(),
@@ -250,7 +274,11 @@ class Note:
 def command(order: Order) -> str:
     """What a person types for this."""
     sizes = "".join(f" {key}={value}" for key, value in order.sizes.items())
-    return f"local-elasticity reproduce {order.name} --scale {order.scale}" + (f" --size{sizes}" if sizes else "")
+    return (
+        f"local-elasticity reproduce {order.name} --scale {order.scale}"
+        + (f" --size{sizes}" if sizes else "")
+        + ("" if order.device == "cpu" else f" --device {order.device}")
+    )
 
 
 def machine() -> str:
@@ -287,6 +315,7 @@ def reproduce(
     overwrite: bool,
     results: Path | None = None,
     ensembles: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> int:
     """Run the studies: one alone in ``out`` itself, several in folders of it, with a page over all of them.
 
@@ -299,13 +328,14 @@ def reproduce(
         overwrite: throw away what is there.
         results: keep the tables and figures, small files only, here too.
         ensembles: options of the studies of ensembles.
+        device: of the networks; of several studies, of those that take one.
 
     Returns:
         1 when a claim that was expected to hold does not.
     """
     wanted = chosen(names)
     if len(wanted) == 1 and "all" not in names and results is None:
-        return run(Order(wanted[0], scale, sizes, out, overwrite, workers, ensembles or {}))
+        return run(Order(wanted[0], scale, sizes, out, overwrite, workers, ensembles or {}, device))
     if sizes:
         raise InputError(expected="--size for one study", got=f"{len(wanted)} studies", do="run them one by one")
     place = out or Path("runs")
@@ -319,6 +349,7 @@ def reproduce(
             overwrite,
             workers,
             (ensembles or {}) if getattr(known_studies[name], "trains", False) else {},
+            device if takes_device(known_studies[name]) else "cpu",
         )
         for name in wanted
     ]
@@ -428,7 +459,7 @@ def replay(folder: Path, out: Path | None, workers: Workers, overwrite: bool) ->
     if where.resolve() == folder.resolve():
         raise InputError(expected="another folder for the replay", got=str(where), do="choose another --out")
     print(f"replaying {note['command']}, made at revision {note['git_revision'] or 'unknown'}", flush=True)
-    status = run(Order(name, note["scale"], note["sizes"], where, overwrite, workers))
+    status = run(Order(name, note["scale"], note["sizes"], where, overwrite, workers, {}, note.get("device", "cpu")))
     same = _claims_in(folder) == _claims_in(where)
     print(f"replay: {'the same numbers as' if same else 'OTHER numbers than'} {folder}")
     return status if same else 1

@@ -159,13 +159,14 @@ def drawn_of_each(pair: Pair, count: int, rng: np.random.Generator) -> Pair:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def train(training: Training, folder: Path, progress: bool = False) -> Record:
+def train(training: Training, folder: Path, progress: bool = False, device: str = "cpu") -> Record:
     """Train, or go on with what an earlier call left, or read what is complete.
 
     Args:
         training: what to train.
         folder: of the trainings; this one is kept in ``folder / training.name``.
         progress: show a bar.
+        device: where to compute, for example "cuda".
 
     Raises:
         InputError: when the place holds a training of another configuration.
@@ -196,6 +197,7 @@ def train(training: Training, folder: Path, progress: bool = False) -> Record:
             resume=is_ensemble(place),
             configuration={**asdict(training), "origin": data.origin},
             dtype=torch.float32,
+            device=device,
             progress=progress,
         )
         kept(place / _FINAL, lambda: _final(ensemble, data.validation))
@@ -229,7 +231,7 @@ def _final(ensemble: Ensemble, validation: Pair) -> Arrays:
     """Logits of every replica for the whole validation set after the last step, loss, accuracy, class means."""
     x, y = validation
     parts = [ensemble.outputs(part.float()) for part in x.split(500)]
-    outputs = torch.cat(parts, dim=1).double()
+    outputs = torch.cat(parts, dim=1).double().cpu()
     losses = torch.stack([torch.nn.functional.cross_entropy(out, y) for out in outputs])
     right = (outputs.argmax(dim=2) == y).double().mean(dim=1)
     means = torch.stack([outputs[:, y == k].mean(dim=1) for k in range(outputs.shape[2])], dim=1)
@@ -252,6 +254,8 @@ def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[
     numbers = range(min(training.measured, training.replicas))
 
     def look(step: int, ensemble: Ensemble) -> None:
+        device = next(iter(ensemble.weights.values())).device
+
         def compute() -> Arrays:
             found: dict[str, list[np.ndarray]] = {"change": [], "before": [], "isotropic": [], "logits": []}
             for number in numbers:
@@ -261,18 +265,18 @@ def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[
                 impact = measure(
                     ensemble.model(number),
                     torch.nn.functional.cross_entropy,
-                    (xs.float(), ys),
-                    xt.float(),
+                    (xs.to(device, torch.float32), ys.to(device)),
+                    xt.to(device, torch.float32),
                     update=SGD(lr=training.lr),
                     engine="replay",
                     route="step",
                     check_pairs=0,
                 )
-                change = impact.change.double()
+                change = impact.change.double().cpu()
                 found["change"].append(
                     torch.stack([change[:, yt == k].mean(dim=1) for k in range(training.n_classes)], dim=1).numpy()
                 )
-                found["before"].append(impact.source_before.double().numpy())
+                found["before"].append(impact.source_before.double().cpu().numpy())
                 for drift in ("isotropic", "logits"):
                     found[drift].append(impact_matrix(impact, ys, yt, drift, n_boot=0).values)
             labels = np.repeat(np.arange(training.n_classes), training.sources)
@@ -455,6 +459,7 @@ class EnsembleStudy(ABC):
         trainings: Path | None = None,
         train_only: bool = False,
         only: str | None = None,
+        device: str = "cpu",
     ) -> int:
         """Train what is not there yet, analyse, judge and draw.
 
@@ -465,11 +470,12 @@ class EnsembleStudy(ABC):
             trainings: folder where trainings are looked for, and go, instead of ``out / "training"``.
             train_only: stop after the trainings.
             only: one of the data sets, "geomnist" or "cifar10".
+            device: of the trainings, for example "cuda".
 
         Returns:
             1 when a claim fails, else 0.
         """
-        return self.run_at(SIZES[scale], scale, out, overwrite, trainings, train_only, only)
+        return self.run_at(SIZES[scale], scale, out, overwrite, trainings, train_only, only, device)
 
     def run_at(
         self,
@@ -480,6 +486,7 @@ class EnsembleStudy(ABC):
         trainings: Path | None = None,
         train_only: bool = False,
         only: str | None = None,
+        device: str = "cpu",
     ) -> int:
         """As ``run``, with the sizes given."""
         needed = self.needs(size)
@@ -494,7 +501,7 @@ class EnsembleStudy(ABC):
             out, {"study": self.title, "scale": scale, "trainings": [training.name for training in wanted]}, overwrite
         )
         print(f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}", flush=True)
-        records = trained(wanted, out, trainings, progress=sys.stderr.isatty())
+        records = trained(wanted, out, trainings, sys.stderr.isatty(), device)
         return 0 if train_only else self.report(records, size, scale, out)
 
     def finish(
@@ -542,7 +549,11 @@ def announce(trainings: Sequence[Training], places: Sequence[Path | None]) -> No
 
 
 def trained(
-    trainings: Iterable[Training], out: Path, folder: Path | None = None, progress: bool = False
+    trainings: Iterable[Training],
+    out: Path,
+    folder: Path | None = None,
+    progress: bool = False,
+    device: str = "cpu",
 ) -> list[Record]:
     """The records of these trainings, trained where they are nowhere complete.
 
@@ -551,6 +562,7 @@ def trained(
         out: the study's folder; trainings go to ``out / "training"``, and are looked for in its neighbours.
         folder: where trainings are and go instead.
         progress: show a bar for each.
+        device: of those that are trained now.
     """
     wanted = list(trainings)
     home = folder or out / "training"
@@ -559,6 +571,6 @@ def trained(
     announce(wanted, places)
     records = []
     for training, place in zip(wanted, places, strict=True):
-        records.append(train(training, home if place is None else place.parent, progress))
+        records.append(train(training, home if place is None else place.parent, progress, device))
         print(f"trained {training.name}: {len(records[-1].sound)} of {training.replicas} replicas sound", flush=True)
     return records
