@@ -411,7 +411,7 @@ class Block(nn.Module):
     ],
 )
 def test_averages_of_normalised_outputs_come_from_those_before(block, derived, inference, monkeypatch):
-    model, (x, y) = Block(**block).double(), images()
+    model, (x, _) = Block(**block).double(), images()
     x = x.double()
     model(3 * x + 1)  # running statistics that are no identity
     model.eval()

@@ -125,7 +125,7 @@ def metrics_of_many(
 
 
 def _groups(features: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Small features together, as many as stay in the cache: it is their number that costs, and their size in memory."""
+    """Small features together, as many as stay in the cache: together they cost fewer calls, and no more memory."""
     group: list[Tensor] = []
     for one in features:
         if group and sum(map(Tensor.numel, group)) + one.numel() > TOGETHER:
