@@ -45,6 +45,7 @@ TrackerMaker = Callable[[nn.Module, "bool | int"], "Tracker"]
 _WEIGHTS, _ORDER, _STREAM = 0, 1, 2  # what a random stream is for
 _DRAWN = 1024  # steps of one draw of samples; any step can be reached without the ones before
 _CHUNK_BYTES = 6 * 2**20
+_ACCELERATOR_BYTES = 2**31
 _CHECKPOINT_SECONDS = 30.0
 _PILOT = 20  # steps before the estimate of the rest
 
@@ -586,12 +587,15 @@ def due(schedule: Schedule, steps: int, *, first: bool = True, last: bool = True
 def default_chunk(stack: Stack, route: RouteName) -> int:
     """Replicas in one step: as many as keep their weights in a processor's cache, in an even number of chunks.
 
+    An accelerator takes more of them in the same time, up to 1 GiB.
+
     It depends on the replicas alone, never on the machine, since the last bits of a number depend on it.
     """
     if route == "loop":
         return len(stack)
     size = sum(w.numel() * w.element_size() for w in stack.weights.values())
-    chunks = 1 if size <= _CHUNK_BYTES // 2 else 2 * math.ceil(size / _CHUNK_BYTES / 2)
+    limit = _CHUNK_BYTES if next(iter(stack.weights.values())).device.type == "cpu" else _ACCELERATOR_BYTES
+    chunks = 1 if size <= limit // 2 else 2 * math.ceil(size / limit / 2)
     return max(8, math.ceil(len(stack) / chunks))
 
 
