@@ -57,6 +57,10 @@ def test_settings_are_exact_inside_and_the_callers_afterwards(caller):
         assert "contradiction" in before or found()[:2] == [False, False]
         assert found()[2:] == [False, True, *["ieee"] * (len(SETTINGS) - 4)]
     assert found() == before
+    with exact_float32(recurrent=True):
+        assert not cudnn.enabled
+    assert cudnn.enabled
+    assert found() == before
     with pytest.raises(ZeroDivisionError), exact_float32():
         _ = 1 / 0
     assert found() == before

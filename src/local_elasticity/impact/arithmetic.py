@@ -10,13 +10,14 @@ import torch
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32(recurrent: bool = False) -> Iterator[None]:
     """No TF32 and no choice of algorithms inside; the caller's settings are back afterwards.
 
     TF32 keeps 10 bits of a product's factors. Convolutions use it unless told otherwise, and the movement of an output
-    after one small step is lost in it.
+    after one small step is lost in it. cuDNN's recurrent layers have no gradients in eval mode: with ``recurrent`` cuDNN
+    is left out altogether.
     """
-    settings = [*_settings()]
+    settings = [*_settings()] + [(torch.backends.cudnn, "enabled", False)] * recurrent
     before = [(part, name, _read(part, name)) for part, name, _ in settings]
     matmul = _read(torch, "get_float32_matmul_precision")
     try:

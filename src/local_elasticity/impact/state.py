@@ -59,7 +59,8 @@ def preserved(model: nn.Module, mode: Mode) -> Iterator[dict[str, Any]]:
         for module, _ in flags:
             module.training = {"eval": False, "train": True, "as_is": module.training}[mode]
         cuda = any(parameter.is_cuda for parameter in model.parameters())
-        with torch.inference_mode(False), exact_float32() if cuda else nullcontext():
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        with torch.inference_mode(False), exact_float32(recurrent) if cuda else nullcontext():
             yield streams
     finally:
         for module, flag in flags:
