@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import local_elasticity as le
 from local_elasticity.errors import InputError
 from local_elasticity.networks import MLP, SimpleConv
+from local_elasticity.training.lockstep import routes
+from local_elasticity.training.lockstep.routes import Route
 
 SHAPES = le.data.geomnist(6, 4)
 IMAGES, LABELS = SHAPES.train
@@ -397,6 +399,15 @@ def test_outputs_models_and_callback():
     torch.testing.assert_close(seen[-1][1], expected, rtol=1e-12, atol=1e-12)
     assert float((seen[0][1] - expected).abs().max()) > 1e-3
     same_bits(ensemble, train())  # being called changes nothing
+
+
+@pytest.mark.parametrize("route", ["kernels", "vmap", "loop"])
+def test_looks_of_an_accelerator_are_those_of_a_processor(route, monkeypatch):
+    ensemble = train(conv, data=(IMAGES, LABELS), route=route, probes=(IMAGES, LABELS))
+    plain = ensemble.outputs(IMAGES)
+    monkeypatch.setattr(Route, "accelerated", True)  # as if calls cost more than arithmetic
+    monkeypatch.setattr(routes, "ACCELERATOR_AT_ONCE", 5 * IMAGES[0].numel())
+    torch.testing.assert_close(ensemble.outputs(IMAGES), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_the_tracker_of_a_replica_looks_at_its_network():

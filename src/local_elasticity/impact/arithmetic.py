@@ -14,8 +14,8 @@ def exact_float32(recurrent: bool = False) -> Iterator[None]:
     """No TF32 and no choice of algorithms inside; the caller's settings are back afterwards.
 
     TF32 keeps 10 bits of a product's factors. Convolutions use it unless told otherwise, and the movement of an output
-    after one small step is lost in it. cuDNN's recurrent layers have no gradients in eval mode: with ``recurrent`` cuDNN
-    is left out altogether.
+    after one small step is lost in it. cuDNN's recurrent layers have no gradients in eval mode: ``recurrent`` leaves
+    cuDNN out altogether.
     """
     settings = [*_settings()] + [(torch.backends.cudnn, "enabled", False)] * recurrent
     before = [(part, name, _read(part, name)) for part, name, _ in settings]

@@ -488,10 +488,10 @@ class _Session:
         return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
 
     def _collapse(self, row: int, y: Tensor, features: Mapping[str, Tensor]) -> None:
-        ensemble = self.ensemble
+        ensemble, y = self.ensemble, y.cpu()  # many small numbers
         n_classes = int(y.max()) + 1
         for place, name in enumerate(ensemble.layers):
-            for position, found in enumerate(metrics_of_many(list(features[name]), y, n_classes=n_classes)):
+            for position, found in enumerate(metrics_of_many(list(features[name].cpu()), y, n_classes=n_classes)):
                 for key, value in found.items():
                     ensemble.log[key][row, position, place] = value
 

@@ -26,6 +26,7 @@ from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
 RouteName = Literal["kernels", "vmap", "loop"]
 BLOCKS = 2**29  # bytes that the training set may take when it is cut into blocks for the first layer
 AT_ONCE = 2**15  # numbers in the inputs of one forward pass when looking: its temporaries should stay in the cache
+ACCELERATOR_AT_ONCE = 2**24  # of all replicas together
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,18 @@ class Route(ABC):
     def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """What every replica says of the same samples, in eval mode."""
         with torch.no_grad():
-            parts = [self.look(part) for part in x.split(max(1, min(4096, AT_ONCE // max(1, x[0].numel()))))]
+            parts = [self.look(part) for part in x.split(max(1, min(4096, self.at_once // max(1, x[0].numel()))))]
         return torch.cat(parts, dim=1)
+
+    @property
+    def at_once(self) -> int:
+        """Numbers in the inputs of one forward pass."""
+        return ACCELERATOR_AT_ONCE // len(self.stack) if self.accelerated else AT_ONCE
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether many small calls cost more than their arithmetic."""
+        return self.problem.inputs.device.type != "cpu"
 
     @abstractmethod
     def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
@@ -209,7 +220,9 @@ class Kernels(Route):
         return x, losses
 
     def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
-        """Forward through the layers, one replica after the other."""
+        """Forward through the layers, one replica after the other; on an accelerator all at once."""
+        if self.accelerated:
+            return forward_all(self.stack, x)
         start, parts = arrange(x, 1, len(x)), []
         for layers in self.alone:
             y = start
@@ -229,15 +242,11 @@ class Vmap(Route):
         self.model, trained = stack.template, stack.trained
         self.frozen = {name: w for name, w in stack.weights.items() if name not in trained}
         self.advance = torch.func.vmap(torch.func.grad(self._loss, has_aux=True))
-        self.forward = torch.func.vmap(self._outputs, in_dims=(0, None))
 
     def _loss(self, trained: Any, rest: Any, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out = torch.func.functional_call(self.model, {**trained, **rest}, (x,))
         loss = self.problem.loss_fn(out, y)
         return loss, (out, loss)
-
-    def _outputs(self, everything: Any, x: Tensor) -> Tensor:
-        return torch.func.functional_call(self.model, everything, (x,))
 
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """All gradients at once, then the step."""
@@ -252,8 +261,7 @@ class Vmap(Route):
 
     def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """All forward passes at once."""
-        with preserved(self.model, "eval"):
-            return _two_dimensional(self.forward({**self.stack.weights, **self.stack.buffers}, x))
+        return forward_all(self.stack, x)
 
 
 class Loop(Route):
@@ -380,6 +388,16 @@ def agrees(stack: Stack, problem: Problem) -> bool:
         torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
         for name, w in plain.weights.items()
     )
+
+
+def forward_all(stack: Stack, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
+    """What all replicas say of the same samples in eval mode, in one batched forward pass."""
+
+    def outputs(everything: Any) -> Tensor:
+        return torch.func.functional_call(stack.template, everything, (x,))
+
+    with preserved(stack.template, "eval"):
+        return _two_dimensional(torch.func.vmap(outputs)({**stack.weights, **stack.buffers}))
 
 
 def _two_dimensional(outputs: Tensor) -> Float[Tensor, "replicas batch outputs"]:
