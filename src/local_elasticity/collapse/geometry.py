@@ -38,7 +38,7 @@ from local_elasticity.errors import InputError, nearest
 Weighting = Literal["classes", "samples"]
 Form = Literal["span", "svd", "pinv"]
 FORMS = ("span", "svd", "pinv")
-TOGETHER = 2**16  # numbers of the features that are worked on at once: half a megabyte in float64
+TOGETHER = 2**18  # numbers of the features that are worked on at once: two megabytes in float64
 GEOMETRY = (
     "nc1",
     "nc1_quotient",
@@ -158,10 +158,11 @@ class _Parts:
         counts = torch.bincount(labels, minlength=k).double()
         check_counts(counts)
         finite = [True] * len(sizes)
-        if not bool(torch.isfinite(x).all()):
+        means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / counts[:, None]
+        if not bool(torch.isfinite(means).all()):  # what is not finite stays so in a sum
             finite = [bool(torch.isfinite(one).all()) for one in x.split(sizes, 1)]
             x = torch.where(torch.isfinite(x), x, 0.0)
-        means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / counts[:, None]
+            means = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x) / counts[:, None]
         rest = x - means[labels]
         # The mean of many large numbers is off by some of their last digits; what is left over says by how much.
         correction = x.new_zeros(k, x.shape[1]).index_add_(0, labels, rest) / counts[:, None]
@@ -285,11 +286,15 @@ def centre(
     away = means - means[0]  # a large common offset goes first: it would take the digits of the differences
     away -= shares @ away
     # What is left of rounding alone is no spread.
-    size = torch.stack([one.amax() for one in means.abs().split(list(sizes), 1)])
-    noise = 4 * torch.finfo(means.dtype).eps * (size + variances.amax(dim=0).sqrt())
-    centred = list(away.split(list(sizes), 1))
-    spread = torch.stack([one.amax() for one in away.abs().split(list(sizes), 1)]) > noise
-    return [one if kept else torch.zeros_like(one) for one, kept in zip(centred, spread.tolist(), strict=True)], shares
+    owner = torch.repeat_interleave(torch.tensor(sizes)).to(means.device)  # of each column
+
+    def largest(x: Tensor) -> Float64[Tensor, " features"]:
+        return x.new_zeros(len(sizes)).scatter_reduce_(0, owner, x.abs().amax(dim=0), "amax")
+
+    noise = 4 * torch.finfo(means.dtype).eps * (largest(means) + variances.amax(dim=0).sqrt())
+    spread = (largest(away) > noise).tolist()
+    centred = away.split(list(sizes), 1)
+    return [one if kept else torch.zeros_like(one) for one, kept in zip(centred, spread, strict=True)], shares
 
 
 def alignment(weight: Float64[Tensor, "k dim"], centred: Float64[Tensor, "k dim"]) -> dict[str, float]:

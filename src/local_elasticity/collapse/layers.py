@@ -153,8 +153,8 @@ def last_linear(model: nn.Module) -> nn.Linear | None:
 
 def _classifier_for(model: nn.Module, layer: str, classes: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias for the penultimate features, where the classifier has an output for each class."""
-    linear = last_linear(model)
-    if layer != PENULTIMATE or linear is None or linear.out_features <= max(classes):
+    linear = last_linear(model) if layer == PENULTIMATE else None
+    if linear is None or linear.out_features <= max(classes):
         return None, None
     rows = list(classes)
     return linear.weight[rows], None if linear.bias is None else linear.bias[rows]
@@ -224,8 +224,8 @@ def _listening(
         before = None if x.is_inference() else (x, x._version, found[name])  # which have no version
 
     def listen(name: str) -> Any:
-        linear = last_linear(model)
-        if name == PENULTIMATE and linear is not None:
+        linear = last_linear(model) if name == PENULTIMATE else None
+        if linear is not None:
             return linear.register_forward_pre_hook(lambda module, arguments: keep(name, module, arguments[0]))
         module = model if name == OUTPUTS else modules[name]
         return module.register_forward_hook(
