@@ -119,13 +119,19 @@ def test_several_end_with_a_page_and_continue_where_they_stopped(toys, capsys):
     said = capsys.readouterr().out
     assert "toy-three: not run: expected data" in said
     page = Path("runs/claims-small.html").read_text()
-    assert page.count('<tr class="fails">') == 1
-    assert page.count('<tr class="holds">') == 1
+    assert page.count('<tr class="fails"') == 1
+    assert page.count('<tr class="holds"') == 1
     assert "as published: holds; as defined: fails" in page
     assert "toy-three: not run" in page
     assert 'href="#toy-one-toy"' in page
     assert 'id="toy-one-toy"' in page
+    studies = page.partition("<h2>Studies</h2>")[2].partition("<h2>Claims</h2>")[0]
+    assert '<a href="#toy-two">toy-two</a>' in studies
+    assert ' id="toy-two">' in page
+    assert "<td>toy-three</td>" in studies  # was not run: there is nothing to link to
+    assert "(not run)" in studies
     table = Path("runs/claims-small.md").read_text()
+    assert "| toy-two | a study for tests | 1 | 1 | 1 |" in table
     assert r"flat \| level" in table
     assert "3 of" not in table.splitlines()[2]
     assert table.splitlines()[2].startswith("2 of 3 studies")

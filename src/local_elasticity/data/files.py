@@ -81,6 +81,12 @@ def cache_folder() -> Path:
     return base / "local-elasticity"
 
 
+def at_home(path: Path) -> str:
+    """A path for people: under the home folder with ~."""
+    home = Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
+
+
 def search_folders(folders: Folders = None) -> list[Path]:
     """List the folders that are searched, in order, whether they exist or not.
 
@@ -145,7 +151,7 @@ def fetch(files: Sequence[Official], folder: Path, progress: bool = True) -> lis
             raise InputError(
                 expected=f"{file.file} from {file.address} (MD5 {file.md5})",
                 got="a file with another checksum" if differs else f"a failed download ({_in_short(error)})",
-                do=f"try again later, or put the file into {folder} or a folder named in {ENVIRONMENT}",
+                do=f"try again later, or put the file into {at_home(folder)} or a folder named in {ENVIRONMENT}",
             ) from error
         finally:
             log.setLevel(level)

@@ -9,8 +9,6 @@ PAPERS = {
     "dan2023": "Dan, Mukherjee, Das, Gampa (arXiv:2111.01166)",
     "hesu2020": "He and Su (arXiv:1910.06943)",
     "wang2021": "Zhang, Wang, Su (arXiv:2110.05960)",
-    "zhang2021": "Zhang, Wang, Su (arXiv:2110.05960)",
-    "collapse": "Zhang, Wang, Su (arXiv:2110.05960)",
 }
 
 
@@ -42,6 +40,34 @@ ABOUT = {
     ),
     "dan2023-ridge": About(
         PAPERS["dan2023"], "ridge figures (6 to 9)", "S_rel of ridge classification rises by decades, then stays"
+    ),
+    "wang2021-dynamics": About(
+        PAPERS["wang2021"],
+        "figures 1 and 3",
+        "classes separate in stages: alpha exceeds beta in the rise, then both die out",
+    ),
+    "wang2021-corruption": About(
+        PAPERS["wang2021"],
+        "figure 4",
+        "wrong labels raise the tail index of alpha, to 1 near two thirds of them, where classes stop separating",
+    ),
+    "wang2021-size": About(
+        PAPERS["wang2021"],
+        "none (early notebooks)",
+        "the dynamics on GeoMNIST hardly depend on the number of images, 50 to 6,000 a class",
+    ),
+    "wang2021-classes": About(
+        PAPERS["wang2021"],
+        "none (published code)",
+        "CIFAR-10 with 2, 3, 4 and 5 classes: alpha exceeds beta in the rise, later than on GeoMNIST",
+    ),
+    "wang2021-imitation": About(
+        PAPERS["wang2021"], "figure 5", "the L-model imitates the class means of networks better than the I-model"
+    ),
+    "collapse-prediction": About(
+        "not in the papers",
+        "none",
+        "class means, separability, NC1 and NC2 can be foretold from the first part of training",
     ),
     "hesu2020-clustering": About(
         PAPERS["hesu2020"],

@@ -207,6 +207,7 @@ def curves_figure(series: Series, title: str) -> Any:
     content = []
     for definition in (PSEUDO, MIXED, NEW):
         curves = series.curves(PROBE, definition)
+        log = np.nanmax(curves) > 10 * np.nanmin(curves) > 0
         for source, name in enumerate(series.classes):
             order = [source, *(t for t in range(len(series.classes)) if t != source)]
             lines = []
@@ -214,9 +215,10 @@ def curves_figure(series: Series, title: str) -> Any:
                 values = curves[:, :, source, target]
                 mean, spread = values.mean(0), values.std(0)
                 words = f"own class ({name})" if target == source else series.classes[target]
-                band = (mean - spread, mean + spread) if len(values) > 1 else None
+                # A logarithmic axis has no place for what lies below zero.
+                low = np.maximum(mean - spread, values.min(0)) if log else mean - spread
+                band = (low, mean + spread) if len(values) > 1 else None
                 lines.append(Line(words, series.epochs, mean, band))
-            log = np.nanmax(curves) > 10 * np.nanmin(curves) > 0
             content.append(
                 Panel(
                     f"step on {name}",
@@ -228,7 +230,9 @@ def curves_figure(series: Series, title: str) -> Any:
                 )
             )
     words = f"{PROBE}, mean of ratios, self pairs in" + (
-        f"; band: ±1 SD over {len(series.datasets)} runs" if len(series.datasets) > 1 else "; one run"
+        f"; band: ±1 SD over {len(series.datasets)} runs, on logarithmic axes from the lowest run up"
+        if len(series.datasets) > 1
+        else "; one run"
     )
     return panels(content, len(series.classes), f"{title}\n{words}", height=1.75)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 COLUMNS = ("study", "claim", "expected", "as published", "as defined", "verdict", "figure")
+STUDY_COLUMNS = ("study", "about", "hold", "fail", "not judged")
 LARGEST_FIGURE = 2**20  # bytes of a figure that goes into the page
 
 
@@ -35,7 +36,12 @@ class Row:
 
 
 def write_overview(
-    folders: Sequence[Path], names: Sequence[str], refused: Mapping[str, str], scale: str, out: Path
+    folders: Sequence[Path],
+    names: Sequence[str],
+    refused: Mapping[str, str],
+    scale: str,
+    out: Path,
+    about: Mapping[str, str] | None = None,
 ) -> tuple[Path, int]:
     """Write ``claims-SCALE.html`` and ``claims-SCALE.md``.
 
@@ -45,6 +51,7 @@ def write_overview(
         refused: study -> why it was not run.
         scale: name of the scale.
         out: where to.
+        about: study -> what it is about, in a few words.
 
     Returns:
         The page, and how many claims fail.
@@ -57,9 +64,10 @@ def write_overview(
         f"{counts['fails']} fail, {counts['not judged']} are not judged at this scale"
     )
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / f"claims-{scale}.md", _markdown(rows, summary, refused, scale))
+    lines = [_study_cells(name, rows, (about or {}).get(name, ""), refused.get(name)) for name in names]
+    _write(out / f"claims-{scale}.md", _markdown(rows, lines, summary, refused, scale))
     page = out / f"claims-{scale}.html"
-    _write(page, _page(rows, summary, refused, dict(zip(names, folders, strict=True)), scale))
+    _write(page, _page(rows, lines, summary, refused, dict(zip(names, folders, strict=True)), scale))
     print(summary)
     return page, counts["fails"]
 
@@ -106,10 +114,27 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def _markdown(rows: Sequence[Row], summary: str, refused: Mapping[str, str], scale: str) -> str:
+def _study_cells(name: str, rows: Sequence[Row], about: str, refused: str | None) -> dict[str, str]:
+    verdicts = [verdict for row in rows if row.study == name for _, _, verdict in row.seen.values()]
+    counts = {"hold": "holds", "fail": "fails", "not judged": "not judged"}
+    found = {column: str(verdicts.count(word)) for column, word in counts.items()}
+    return {"study": name, "about": about + (" (not run)" if refused else ""), **found}
+
+
+def _markdown(
+    rows: Sequence[Row],
+    studies: Sequence[Mapping[str, str]],
+    summary: str,
+    refused: Mapping[str, str],
+    scale: str,
+) -> str:
     lines = [f"# Claims of the papers, scale {scale}", "", summary + ".", ""]
     lines += [f"- {name}: not run: {why}" for name, why in refused.items()] + [""] * bool(refused)
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---|--:|--:|--:|"]
+    lines += [
+        "| " + " | ".join(cells[column].replace("|", "\\|") for column in STUDY_COLUMNS) + " |" for cells in studies
+    ]
+    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         cells = _cells(row)
         name = Path(cells["figure"]).name
@@ -119,9 +144,14 @@ def _markdown(rows: Sequence[Row], summary: str, refused: Mapping[str, str], sca
 
 
 def _page(
-    rows: Sequence[Row], summary: str, refused: Mapping[str, str], folders: Mapping[str, Path], scale: str
+    rows: Sequence[Row],
+    studies: Sequence[Mapping[str, str]],
+    summary: str,
+    refused: Mapping[str, str],
+    folders: Mapping[str, Path],
+    scale: str,
 ) -> str:
-    body, shown = [], {}
+    body, shown, begun = [], {}, set()
     for row in rows:
         cells = _cells(row)
         figure = folders[row.study] / row.figure if row.figure else None
@@ -133,10 +163,13 @@ def _page(
         worst = "fails" if "fails" in cells["verdict"] else "holds" if "holds" in cells["verdict"] else "open"
         tds = "".join(f"<td>{html.escape(cells[column])}</td>" for column in COLUMNS[:5])
         mark = {"fails": "✗", "holds": "✓", "open": "–"}[worst]
+        first = "" if row.study in begun else f' id="{html.escape(row.study)}"'
+        begun.add(row.study)
         body.append(
-            f'<tr class="{worst}">{tds}<td class="verdict">{mark} {html.escape(cells["verdict"])}</td>'
+            f'<tr class="{worst}"{first}>{tds}<td class="verdict">{mark} {html.escape(cells["verdict"])}</td>'
             f"<td>{link}</td></tr>"
         )
+    table = "\n".join(_study_row(cells, cells["study"] in begun) for cells in studies)
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in COLUMNS)
     notes = "".join(f"<li>{html.escape(name)}: not run: {html.escape(why)}</li>" for name, why in refused.items())
     pictures = "".join(
@@ -149,10 +182,22 @@ def _page(
         title=f"Claims of the papers, scale {html.escape(scale)}",
         summary=html.escape(summary),
         notes=f"<ul>{notes}</ul>" if notes else "",
+        studies_head="".join(f"<th scope=col>{column}</th>" for column in STUDY_COLUMNS),
+        studies=table,
         head=head,
         body="\n".join(body),
         pictures=pictures,
     )
+
+
+def _study_row(cells: Mapping[str, str], linked: bool) -> str:
+    name = html.escape(cells["study"])
+    tds = f'<td><a href="#{name}">{name}</a></td>' if linked else f"<td>{name}</td>"
+    tds += f"<td>{html.escape(cells['about'])}</td>"
+    for column, kind in (("hold", "holds"), ("fail", "fails"), ("not judged", "open")):
+        shown = cells[column] if cells[column] != "0" else "–"
+        tds += f'<td class="count {kind if shown != "–" else ""}">{shown}</td>'
+    return f"<tr>{tds}</tr>"
 
 
 _TEMPLATE = """<!doctype html>
@@ -176,8 +221,10 @@ th, td {{ padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); te
 td {{ max-width: 20rem; }}
 th {{ position: sticky; top: 0; background: #fff; }}
 td:nth-child(1) {{ white-space: nowrap; color: var(--soft); }} td:nth-child(3) {{ color: var(--soft); }}
-.verdict {{ white-space: nowrap; font-weight: 600; }}
-.holds .verdict {{ color: var(--blue); }} .fails .verdict {{ color: var(--red); }}
+.verdict, .count {{ white-space: nowrap; font-weight: 600; }}
+.studies {{ min-width: 0; }} .studies td:nth-child(2) {{ max-width: 44rem; }}
+.count {{ text-align: right; }} td.count:nth-child(3) {{ color: var(--soft); }}
+.holds .verdict, td.count.holds {{ color: var(--blue); }} .fails .verdict, td.count.fails {{ color: var(--red); }}
 .open .verdict {{ color: var(--soft); }}
 figure {{ margin: 1rem 0; }} figure img {{ max-width: min(100%, 900px); height: auto; }}
 figcaption {{ color: var(--soft); font-size: .85rem; }}
@@ -190,6 +237,13 @@ a {{ color: var(--blue); }} :focus-visible {{ outline: 3px solid #E69F00; }}
 {notes}
 <p>As published: the quantity that the papers' code computed. As defined: the papers' formula. A claim fails when what
 was expected was not seen; it is not judged where the scale is too small for it.</p>
+<h2>Studies</h2>
+<div class="scroll"><table class="studies">
+<thead><tr>{studies_head}</tr></thead>
+<tbody>
+{studies}
+</tbody></table></div>
+<h2>Claims</h2>
 <div class="scroll"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>

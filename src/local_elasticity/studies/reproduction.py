@@ -233,7 +233,7 @@ class Note:
             "device": self.order.device,
             "versions": versions(),
             "git_revision": git_revision(),
-            "machine": machine(),
+            "machine": machine(self.order.device),
             "seconds": (old or {}).get("seconds", 0.0),
             "status": None,
             "history": [*(old or {}).get("history", [])],
@@ -281,9 +281,11 @@ def command(order: Order) -> str:
     )
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """One line about this machine: what timings are worth depends on it."""
     import platform
+
+    import torch
 
     name = platform.machine()
     try:
@@ -291,7 +293,8 @@ def machine() -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {os.cpu_count()} cores"
+    card = f", {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else ""
+    return f"{name}, {os.cpu_count()} cores{card}"
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:
@@ -363,9 +366,11 @@ def reproduce(
         refused = _side_by_side(orders, place, workers)
     else:
         refused = {order.name: why for order in orders if (why := _one_of_several(order)) is not None}
+    from local_elasticity.studies.catalogue import about
     from local_elasticity.studies.overview import write_overview
 
-    page, failing = write_overview([order.folder for order in orders], wanted, refused, scale, place)
+    words = {name: about(name, known_studies[name]).claim for name in wanted}
+    page, failing = write_overview([order.folder for order in orders], wanted, refused, scale, place, words)
     if results is not None:
         keep_results(orders, place, scale, results)
     print(f"page:   {page}")
@@ -533,6 +538,7 @@ def cost(name: str, study: Any, scale: str) -> str:
 # --- results that are kept -------------------------------------------------------------------------------------------
 
 LARGEST_KEPT = 400 * 2**10  # bytes of a file under docs/results
+COLOURS = 128  # of a kept figure: a quarter of the bytes, and nobody sees it
 
 
 def keep_results(orders: Sequence[Order], place: Path, scale: str, results: Path) -> None:
@@ -548,9 +554,22 @@ def keep_results(orders: Sequence[Order], place: Path, scale: str, results: Path
         target = results / order.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        files = [order.folder / name for name in ("claims.md", "separation.csv")]
-        for path in [*files, *sorted((order.folder / "figures").glob("*.png"))]:
+        for path in (order.folder / name for name in ("claims.md", "separation.csv")):
             if path.is_file() and path.stat().st_size <= LARGEST_KEPT:
                 shutil.copy(path, target / path.name)
+        for path in sorted((order.folder / "figures").glob("*.png")):
+            keep_figure(path, target / path.name)
     shutil.copy(place / f"claims-{scale}.md", results / "README.md")
     (results / "timings.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def keep_figure(path: Path, target: Path) -> None:
+    """Copy a figure with fewer colours; where that is not possible as it is, unless it is large."""
+    try:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(COLOURS).save(target, optimize=True)
+    except (ImportError, OSError):
+        if path.stat().st_size <= LARGEST_KEPT:
+            shutil.copy(path, target)
