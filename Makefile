@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-data-report  ## train a small network on digits, follow
 	  --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --definition kl_published --seed 0 \
 	  --out runs/digits
 
-test: $(VENV)/.installed-data-report-regression-dask-test  ## all tests, and the README's code
+test: $(VENV)/.installed-data-report-regression-dask-ray-test  ## all tests, and the README's code
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; changes nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -184,25 +185,27 @@ def track(
 
 
 def _run(session: Any, tracker: Any) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from local_elasticity.impact.progress import duration
+    from local_elasticity.impact.progress import Pace, duration
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=session.total, completed=session.updates)
+        first, began, pace = session.updates, time.perf_counter(), Pace()
+        task = bar.add_task("training", total=session.total, completed=first, left="")
         told = False
         for progress in session.run(tracker):
-            bar.update(task, completed=progress.update)
+            looked = 0.0 if progress.look is None else progress.look.seconds
+            pace.add(time.perf_counter() - began, looked)
+            left = pace.left(progress.total - progress.update)
+            bar.update(task, completed=progress.update, left="" if left is None else f"{duration(left)} left")
             if progress.look is None:
                 continue
             line = f"update {progress.update}: {_words(progress.look.tables)} ({progress.look.seconds:.2f} s)"
             bar.console.print(line, markup=False)
-            if not told and progress.update > 1:
-                remaining = bar.tasks[0].time_remaining
-                if remaining is not None:
-                    bar.console.print(f"about {duration(remaining)} to go")
-                    told = True
+            if not told and left is not None:
+                bar.console.print(f"about {duration(left)} to go")
+                told = True
 
 
 def _words(tables: dict[tuple[str, str], Any]) -> str:

@@ -19,6 +19,31 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+class Pace:
+    """What is left of a training that looks now and then, by what updates and looks took so far."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.elapsed = self.looking = 0.0
+        self.looks: list[tuple[int, float]] = []
+
+    def add(self, elapsed: float, looked: float = 0.0) -> None:
+        """Count an update: seconds since the beginning, and those of its look, 0 for none."""
+        self.updates, self.elapsed, self.looking = self.updates + 1, elapsed, self.looking + looked
+        if looked:
+            self.looks.append((self.updates, looked))
+
+    def left(self, updates: int) -> float | None:
+        """Seconds that so many more updates take; None while it is not known how often there is a look."""
+        if len(self.looks) < 2 and self.updates < 50:
+            return None
+        update, look = (self.elapsed - self.looking) / self.updates, 0.0
+        if len(self.looks) >= 2:
+            (first, _), *later = self.looks  # the first warms up
+            look = sum(seconds for _, seconds in later) / (later[-1][0] - first)
+        return updates * (update + look)
+
+
 class Progress:
     """A rich progress bar that does nothing when it is not wanted."""
 

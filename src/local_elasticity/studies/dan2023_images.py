@@ -262,8 +262,7 @@ class _Run:
                 continue
             looks += 1
             self._control(progress.update)
-            left = (time.perf_counter() - started) / (progress.update - first) * (progress.total - progress.update)
-            self._tell(progress, left)
+            self._tell(progress, self._left(time.perf_counter() - started, progress.update - first, looks))
         run = self.tracker.finish()
         self.clock.add("looks", float(run.dataset["seconds"].sum()) - self.clock.seconds.get("looks", 0.0))
         loss, accuracy = self._whole_test()
@@ -281,6 +280,15 @@ class _Run:
             "test_images": len(self.job.test),
             "seconds": self._shares(spent),
         }
+
+    def _left(self, elapsed: float, updates: int, looks: int) -> float:
+        """Seconds to the end, by what updates and looks took so far."""
+        update = self.clock.seconds.get("training", 0.0) / self.session.updates
+        look = max(0.0, elapsed - update * updates) / looks
+        per_epoch, every = self.session.per_epoch, self.job.size.every
+        ahead = range(self.session.updates, self.session.total)
+        due = sum(position % per_epoch % every == 0 for position in ahead)
+        return update * len(ahead) + look * due
 
     def _shares(self, spent: dict[str, float]) -> dict[str, float]:
         """Seconds by what they went to; tracking is what the snapshots took beyond testing and saving."""
