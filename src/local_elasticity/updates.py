@@ -411,7 +411,7 @@ class _Shadow(Step):
                 buffer.data.copy_(weight)
                 buffer.grad = gradient
         self.copy.state.clear()
-        self.copy.state.update({buffer: copy.deepcopy(state) for buffer, state in self.state.items()})
+        self.copy.state.update({buffer: _fresh(state) for buffer, state in self.state.items()})
         try:
             with torch.enable_grad():
                 self.copy.step()
@@ -436,6 +436,13 @@ class _Shadow(Step):
 
     def direction(self, index: int, weight: Tensor, gradient: Tensor) -> Tensor:
         raise TypeError("a copied optimiser steps on all parameters at once: call directions()")
+
+
+def _fresh(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in state.items()
+    }
 
 
 def _copy_optimizer(optimizer: torch.optim.Optimizer, buffers: dict[int, nn.Parameter]) -> torch.optim.Optimizer:

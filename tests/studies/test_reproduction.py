@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from local_elasticity import cli
@@ -255,3 +256,18 @@ def test_a_device_goes_to_the_studies_that_take_one_and_to_their_replays(toys, c
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "toy-placed", "--device", "cdua"])
     assert "'cdua'" in capsys.readouterr().err
+
+
+def test_kept_figures_are_small_and_look_the_same(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason='needs Pillow: pip install "local-elasticity[data]"')
+    rng = np.random.default_rng(0)
+    shades = np.linspace(0, 255, 300)[None, :, None] * np.ones((200, 1, 3)) + rng.normal(0, 2, (200, 300, 3))
+    drawn = shades.clip(0, 255).astype(np.uint8)
+    image.fromarray(drawn).save(tmp_path / "drawn.png")
+    reproduction.keep_figure(tmp_path / "drawn.png", tmp_path / "kept.png")
+    with image.open(tmp_path / "kept.png") as kept:
+        assert np.abs(np.asarray(kept.convert("RGB"), dtype=float) - drawn).mean() < 4
+    assert (tmp_path / "kept.png").stat().st_size < (tmp_path / "drawn.png").stat().st_size / 2
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG made by a test")
+    reproduction.keep_figure(tmp_path / "broken.png", tmp_path / "copied.png")  # as it is
+    assert (tmp_path / "copied.png").read_bytes() == (tmp_path / "broken.png").read_bytes()
