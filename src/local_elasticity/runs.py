@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import s_rel_of
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.figure import Figure
 
     from local_elasticity.phases import Phases
@@ -76,6 +76,8 @@ class Run:
         Raises:
             InputError: for an unknown update or definition, or a run that did not keep its outputs or pairs.
         """
+        import xarray as xr
+
         data = self._chosen(update)
         if "after" not in data:
             if "pairs" in data and definition in data["definition"].values and eps is None:
@@ -173,6 +175,8 @@ def open_run(path: str | Path) -> Run:
     Raises:
         InputError: when there is nothing, or something that is not a run.
     """
+    import xarray as xr
+
     place = locate(path)
     if place is None:
         what = "nothing" if not Path(path).exists() else "something that is not a run"
@@ -237,6 +241,8 @@ class MemoryStore:
 
     def open(self) -> Run:
         """The run as a dataset."""
+        import xarray as xr
+
         names = dict.fromkeys(name for _, snapshot in self.snapshots for name in snapshot)
         variables: dict[str, Any] = {}
         for name in names:
@@ -286,6 +292,8 @@ class ZarrStore:
 
         Snapshots after step ``until`` go too, once there is one that replaces them or the run is finished.
         """
+        import xarray as xr
+
         with quiet():
             committed = xr.open_zarr(self.path, consolidated=True)
             kept = [int(step) for step in committed["step"].values]

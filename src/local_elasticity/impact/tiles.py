@@ -10,13 +10,11 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import numpy as np
 import torch
-import xarray
-import zarr
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
@@ -28,6 +26,10 @@ from local_elasticity.impact.problem import LossFunction, match_rows
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.state import preserved
 from local_elasticity.updates import Update
+
+if TYPE_CHECKING:
+    import xarray
+    import zarr
 
 DIMS = {
     "change": ("source", "target", "output"),
@@ -215,6 +217,8 @@ def fingerprint(
 
 
 def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: str, overwrite: bool) -> zarr.Group:
+    import zarr
+
     if out.exists() and not overwrite:
         try:
             store = zarr.open_group(str(out), mode="r+")
@@ -244,12 +248,16 @@ def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: s
 
 
 def _array(store: zarr.Group, name: str) -> zarr.Array:
+    import zarr
+
     found = store[name]
     assert isinstance(found, zarr.Array)
     return found
 
 
 def _dataset(out: Path, store: zarr.Group) -> xarray.Dataset:
+    import xarray
+
     return xarray.open_zarr(out, chunks=None, consolidated=False, zarr_format=3).drop_vars("done")
 
 

@@ -6,10 +6,9 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 import local_elasticity as le
 from local_elasticity.impact.progress import duration
@@ -30,6 +29,9 @@ from local_elasticity.studies.dan2023_claims import (
 )
 from local_elasticity.studies.dan2023_images import DEFINITIONS, LIMIT, LIVE, PROBE, PROBES, ImageStudy, Scale, words_of
 from local_elasticity.studies.dan2023_tables import Series, intra_inter
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 ROWS = {
     PSEUDO: "pseudo-KL (published)",
@@ -266,5 +268,7 @@ def write_run_page(series: Series, path: Path) -> Path | str:
 
 def joined(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     """Runs side by side along ``replica``; the large outputs stay in the runs."""
+    import xarray as xr
+
     small = [data.drop_vars([n for n in ("before", "after", "source_before", "source_after")]) for data in datasets]
     return xr.concat(small, dim="replica", data_vars="all", coords="minimal", combine_attrs="override", join="override")

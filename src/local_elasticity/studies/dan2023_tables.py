@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
@@ -21,6 +20,9 @@ from local_elasticity.parallel import read_record
 from local_elasticity.runs import locate, open_run
 from local_elasticity.similarity import at_limit, get_definition, movements, outputs_of, s_rel_of
 from local_elasticity.studies.dan2023_images import DEFINITIONS, PROBE, PROBES, Condition
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 STATISTICS = ("mean", "median", "ratio_of_means")
 SELF = ("in", "out")
@@ -71,6 +73,8 @@ class Series:
     @cached_property
     def tables(self) -> xr.DataArray:
         """Class tables: (run, look, update, definition, self_pairs, statistic, source_class, target_class)."""
+        import xarray as xr
+
         n = len(self.classes)
         shape = (len(self.datasets), len(self.epochs), len(PROBES), len(DEFINITIONS), len(SELF), len(STATISTICS), n, n)
         values = np.full(shape, np.nan)
