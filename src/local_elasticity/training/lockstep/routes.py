@@ -332,6 +332,12 @@ class Loop(Route):
         super().load(state, steps)
         # Generators take their states from main memory, wherever a checkpoint was read to.
         self.streams = [[stream.cpu().clone() for stream in streams] for streams in state["streams"]] or None
+        if self.streams is not None and any(len(streams) != len(self.generators) for streams in self.streams):
+            raise InputError(
+                expected="a checkpoint with one random stream a replica and generator",
+                got="one of an earlier version",
+                do="train again into another folder",
+            )
 
 
 ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
