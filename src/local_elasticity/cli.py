@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
+from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 
 app = App(
@@ -135,7 +137,7 @@ def track(
     }
     for name in configuration["definitions"]:
         le.similarity.get_definition(name)
-    where = _device(device)
+    where = usable_device(device)
     train, test, test_words = _images(data, classes, per_class, seed)
     configuration["data_origin"], configuration["test_data"] = train.origin, test_words
     if batch_size is None:
@@ -189,6 +191,7 @@ def _run(session: Any, tracker: Any) -> None:
 
     from local_elasticity.impact.progress import Pace, duration
 
+    looks_after = _looks_after(tracker.schedule, session.total)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console) as bar:
         first, began, pace = session.updates, time.perf_counter(), Pace()
@@ -197,7 +200,7 @@ def _run(session: Any, tracker: Any) -> None:
         for progress in session.run(tracker):
             looked = 0.0 if progress.look is None else progress.look.seconds
             pace.add(time.perf_counter() - began, looked)
-            left = pace.left(progress.total - progress.update)
+            left = pace.left(progress.total - progress.update, looks_after(progress.update))
             bar.update(task, completed=progress.update, left="" if left is None else f"{duration(left)} left")
             if progress.look is None:
                 continue
@@ -206,6 +209,17 @@ def _run(session: Any, tracker: Any) -> None:
             if not told and left is not None:
                 bar.console.print(f"about {duration(left)} to go")
                 told = True
+
+
+def _looks_after(schedule: Any, total: int) -> Callable[[int], int | None]:
+    """How many looks come after so many updates; None where the clock decides."""
+    from local_elasticity.training.ensemble import due
+    from local_elasticity.training.schedule import Budget
+
+    if isinstance(schedule, Budget):
+        return lambda update: None
+    times = due(schedule, total, first=False, last=False)
+    return lambda update: len(times) - bisect.bisect_right(times, update)
 
 
 def _words(tables: dict[tuple[str, str], Any]) -> str:
@@ -250,19 +264,6 @@ def _images(data: str, classes: list[str] | None, per_class: int | None, seed: i
     if per_class is not None:
         train = train.take(per_class, seed)
     return train, test, "none at hand" if test is None else f"{len(test)} images, {test.origin}"
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            expected="a device that torch can use here", got=f"{name!r}: {str(error).splitlines()[0]}", do="use cpu"
-        ) from None
-    return device
 
 
 def _schedule_words(every: int, log_spaced: int | None, budget: float | None) -> str:
@@ -328,7 +329,7 @@ def measure(
     for name in names:
         get_definition(name)
     rule = parse_update(update)[1]
-    where = _device(device)
+    where = usable_device(device)
     images = le.data.load(data, split)
     images = images.subset(classes) if classes else images
     samples = le.data.probes(images, per_class=per_class, seed=seed)
@@ -520,7 +521,7 @@ def train(
         "device": device,
         "seed": seed,
     }
-    where = _device(device)
+    where = usable_device(device)
     samples = le.data.load_split(data, classes, per_class, seed)
     x, y = samples.train
     y = le.data.corrupt_labels(y, corruption, n_classes=samples.n_classes, seed=seed)
@@ -787,7 +788,7 @@ def simulate(
     from local_elasticity.lesde.simulation import ARRAYS, Settings
     from local_elasticity.lesde.simulation import simulate as run
 
-    _device(device)
+    usable_device(device)
     given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
     numbers = run(Settings(**given), out, overwrite=overwrite)
     low, high = numbers["separable_interval"]
@@ -881,8 +882,12 @@ def reproduce(
         return reproduction.show_list(sys.stdout.isatty())
     workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
     if from_ is not None:
+        if device != "cpu":
+            raise InputError(
+                expected="the device of the study that is replayed", got=f"--device {device}", do="leave it out"
+            )
         return reproduction.replay(from_, out, workers, overwrite)
-    _device(device)
+    usable_device(device)
     if so_far:
         return reproduction.so_far(names, scale, _sizes(size), out)
     ensembles = {"trainings": trainings, "train_only": train_only, "only": only}

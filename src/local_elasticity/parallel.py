@@ -191,7 +191,9 @@ def _backend(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
 def _loky(workers: Workers) -> Iterator[None]:
     import joblib
 
-    with joblib.parallel_config(backend="loky", n_jobs=workers.jobs, inner_max_num_threads=1):
+    with warnings.catch_warnings(), joblib.parallel_config("loky", n_jobs=workers.jobs, inner_max_num_threads=1):
+        # Workers that have grown are replaced between tasks, which take minutes; nothing is lost by it.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         yield
 
 

@@ -431,6 +431,24 @@ def test_averages_of_normalised_outputs_come_from_those_before(block, derived, i
     assert len(averaged) == (1 if derived and not inference else 2)
 
 
+@pytest.mark.parametrize("width", [5, 6])
+def test_positions_that_were_channels_before_are_averaged_as_they_are(width):
+    model, x = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(5)), torch.randn(8, 5, 4)
+    model(3 * x + 1)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x).mean(2)
+    torch.testing.assert_close(layer_outputs(model, x, ["0", "1"])["1"], expected)
+
+
+def test_a_layer_with_another_forward_is_asked_itself():
+    model, (x, _) = Block().eval(), images()
+    model.norm.forward = lambda inputs: 2 * inputs
+    with torch.no_grad():
+        expected = 2 * model.conv(x).mean((2, 3))
+    torch.testing.assert_close(layer_outputs(model, x, ["conv", "norm"])["norm"], expected)
+
+
 def test_the_statistics_of_the_batch_are_not_those_that_run():
     model, (x, _) = Block().double().train(), images()
     x = 3 * x.double() + 1

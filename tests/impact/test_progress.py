@@ -25,3 +25,12 @@ def test_a_training_without_looks_says_so_too():
         pace.add(0.5 * (update + 1))
     assert pace.left(10) == pytest.approx(5.0)
     assert duration(pace.left(10)) == "5.0 s"
+
+
+def test_looks_that_are_known_are_counted():
+    pace, clock = Pace(), 0.0
+    for update, looked in enumerate((2.0, 2.0, 0.0, 2.0)):
+        clock += 0.1 + looked
+        pace.add(clock, looked)
+        if update:
+            assert pace.left(1000, looks=3) == pytest.approx(106.0)

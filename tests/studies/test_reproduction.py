@@ -271,3 +271,20 @@ def test_kept_figures_are_small_and_look_the_same(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG made by a test")
     reproduction.keep_figure(tmp_path / "broken.png", tmp_path / "copied.png")  # as it is
     assert (tmp_path / "copied.png").read_bytes() == (tmp_path / "broken.png").read_bytes()
+
+
+def test_a_refused_change_leaves_the_note_as_it_was(toys):
+    assert run("toy-one", "--size", "points=7", "--out", "a") == 0
+    before = Path("a/study.json").read_text()
+    assert run("toy-one", "--size", "points=8", "--out", "a") == 2
+    assert json.loads(Path("a/study.json").read_text()) == json.loads(before)
+
+
+def test_a_replay_needs_the_device_of_the_study(toys, capsys):
+    assert run("toy-one", "--out", "a") == 0
+    note = json.loads(Path("a/study.json").read_text())
+    Path("a/study.json").write_text(json.dumps(note | {"device": "nowhere"}))
+    assert run("--from", "a") == 2
+    assert "a device that torch can use here" in capsys.readouterr().err
+    assert run("--from", "a", "--device", "cuda") == 2
+    assert "leave it out" in capsys.readouterr().err

@@ -487,6 +487,18 @@ def test_networks_of_different_shapes_are_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_replicas_on_cuda_draw_from_streams_of_their_own():
+    def dropping():
+        return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)).double()
+
+    before = torch.cuda.get_rng_state()
+    both = train(dropping, route="loop", replicas=2, device="cuda")
+    alone = train(dropping, route="loop", replicas=[1], device="cuda")
+    np.testing.assert_array_equal(both.logits[:, 1], alone.logits[:, 0])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("route", ["kernels", "vmap", "loop"])
 def test_cuda_gives_the_numbers_of_the_cpu(route):
     settings = {"make": conv, "data": (IMAGES, LABELS), "lr": 0.02, "route": route, "probes": (IMAGES, LABELS)}

@@ -192,7 +192,8 @@ def _maps_means(module: nn.Module) -> bool:
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     running = type(module) in kinds and not module.training and module.running_mean is not None
-    return running and len(module._forward_hooks) == 1 and not module._forward_pre_hooks
+    alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks and "forward" not in vars(module)
+    return running and alone
 
 
 def _statistics(module: Any) -> tuple[Any, ...]:
@@ -218,10 +219,12 @@ def _listening(
         same = before is not None and before[0] is source and before[0]._version == before[1]
         if before is not None and same and positions == "mean" and _maps_means(module):
             found[name] = nn.functional.batch_norm(before[2], *_statistics(module))
+            last = False
         else:
             last = x.dim() == 3 and not isinstance(module, CHANNELS_FIRST)
             found[name] = to_features(x, positions, channels_last=last)
-        before = None if x.is_inference() else (x, x._version, found[name])  # which have no version
+        # Tensors of inference mode have no version; channels that come last are averaged over other positions.
+        before = None if last or x.is_inference() else (x, x._version, found[name])
 
     def listen(name: str) -> Any:
         linear = last_linear(model) if name == PENULTIMATE else None

@@ -33,15 +33,19 @@ class Pace:
         if looked:
             self.looks.append((self.updates, looked))
 
-    def left(self, updates: int) -> float | None:
-        """Seconds that so many more updates take; None while it is not known how often there is a look."""
+    def left(self, updates: int, looks: int | None = None) -> float | None:
+        """Seconds that more updates take, with so many looks, or with looks as often as up to now.
+
+        None while it is not known what a look takes; the first warms up.
+        """
         if len(self.looks) < 2 and self.updates < 50:
             return None
         update, look = (self.elapsed - self.looking) / self.updates, 0.0
         if len(self.looks) >= 2:
-            (first, _), *later = self.looks  # the first warms up
-            look = sum(seconds for _, seconds in later) / (later[-1][0] - first)
-        return updates * (update + look)
+            (first, _), *later = self.looks
+            each = sum(seconds for _, seconds in later) / len(later)
+            look = each * (updates * len(later) / (later[-1][0] - first) if looks is None else looks)
+        return updates * update + look
 
 
 class Progress:

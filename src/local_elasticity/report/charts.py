@@ -282,7 +282,7 @@ def _chart(axis: Axes, chart: Chart) -> None:
     shades = {"good": "#009E73", "bad": "#D55E00"}
     for low, high, kind in chart.shaded:
         axis.axhspan(low, high, color=shades[kind], alpha=0.08, linewidth=0)
-    palette = mpl.colormaps["viridis"](np.linspace(0, 0.92, max(2, len(chart.curves))))
+    palette = mpl.colormaps["viridis"](np.linspace(0, 0.8, max(2, len(chart.curves))))
     for at, curve in enumerate(chart.curves):
         colour = palette[at] if chart.gradual else CLASS_COLOURS[at % len(CLASS_COLOURS)]
         line = CLASS_LINES[at % len(CLASS_LINES)]

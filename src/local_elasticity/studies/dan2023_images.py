@@ -440,7 +440,7 @@ class ImageStudy:
             **{name: value for name, value in asdict(size).items() if name != "runs"},
             "conditions": [asdict(condition) for condition in loaded],
             "data_origin": origins,
-            "device": device,
+            **({} if device == "cpu" else {"device": device}),
         }
         prepare_folder(out, settings, overwrite)
         print(
@@ -449,7 +449,8 @@ class ImageStudy:
         )
         for name, origin in origins.items():
             print(f"{name}: {origin}", flush=True)
-        common = {name: settings[name] for name in ("study", "scale", "seed", "probe_lr", "device")} | asdict(size)
+        names = ("study", "scale", "seed", "probe_lr", "device")
+        common = {name: settings[name] for name in names if name in settings} | asdict(size)
         del common["runs"]
         aloud, tasks = workers.backend == "serial", []
         for condition, (images, test) in loaded.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.progress import duration
 from local_elasticity.parallel import Task, Workers, perform
@@ -218,10 +219,11 @@ class Note:
     def __init__(self, folder: Path, order: Order) -> None:
         self.folder, self.order = folder, order
         self.started = time.perf_counter()
+        self.old: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Write it before the work; a folder that is continued keeps its history."""
-        old = None if self.order.overwrite else read_note(self.folder)
+        self.old = old = None if self.order.overwrite else read_note(self.folder)
         if self.order.overwrite and is_ours(self.folder):
             shutil.rmtree(self.folder)
         self.content = {
@@ -252,7 +254,11 @@ class Note:
             self.write()  # anything else is refused by the study, and left as it is
 
     def withdraw(self) -> None:
-        """Leave no folder behind for a study that was refused before it began."""
+        """Leave no folder behind for a study that was refused before it began, and an older note as it was."""
+        if self.old is not None:
+            self.content = self.old
+            self.write()
+            return
         files = {self.folder / STUDY_NOTE, self.folder / "config.json"}
         if self.folder.is_dir() and set(self.folder.iterdir()) <= files and read_note(self.folder) is not None:
             shutil.rmtree(self.folder)
@@ -460,6 +466,7 @@ def replay(folder: Path, out: Path | None, workers: Workers, overwrite: bool) ->
         )
     (name,) = chosen([note["study"]])
     check_versions(folder)
+    usable_device(note.get("device", "cpu"))
     where = out or folder.with_name(f"{folder.name}-replay")
     if where.resolve() == folder.resolve():
         raise InputError(expected="another folder for the replay", got=str(where), do="choose another --out")
@@ -564,12 +571,13 @@ def keep_results(orders: Sequence[Order], place: Path, scale: str, results: Path
 
 
 def keep_figure(path: Path, target: Path) -> None:
-    """Copy a figure with fewer colours; where that is not possible as it is, unless it is large."""
+    """Copy a figure with fewer colours, or where that is not possible as it is, unless it is large."""
     try:
         from PIL import Image
 
         with Image.open(path) as image:
             image.convert("RGB").quantize(COLOURS).save(target, optimize=True)
     except (ImportError, OSError):
-        if path.stat().st_size <= LARGEST_KEPT:
-            shutil.copy(path, target)
+        shutil.copy(path, target)
+    if target.stat().st_size > LARGEST_KEPT:
+        target.unlink()

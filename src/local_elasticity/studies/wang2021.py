@@ -309,7 +309,16 @@ class Record:
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """What was trained."""
-        return json.loads((self.folder / NOTE).read_text())["settings"]["configuration"]
+        return self._settings["configuration"]
+
+    @property
+    def device(self) -> str:
+        """Where it was trained: "cpu" or "cuda"."""
+        return self._settings["device"]
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return json.loads((self.folder / NOTE).read_text())["settings"]
 
     @property
     def n_classes(self) -> int:

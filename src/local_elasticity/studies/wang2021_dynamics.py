@@ -245,9 +245,10 @@ class DynamicsStudy(EnsembleStudy):
 def describe(record: Record) -> str:
     """One line on a training."""
     c, loss, accuracy = record.configuration, mean_of(record.final["loss"]), mean_of(record.final["accuracy"])
+    where = "" if record.device == "cpu" else f", on {record.device}"
     return (
         f"{name_of(record)}: {len(record.sound)} of {c['replicas']} networks, {c['steps']} steps, rate {c['lr']:g}, "
-        f"batch 1; {c['origin']}; at the end validation loss {loss.words()[0]} {loss.words()[1]}, accuracy "
+        f"batch 1{where}; {c['origin']}; at the end validation loss {loss.words()[0]} {loss.words()[1]}, accuracy "
         f"{accuracy.words()[0]} {accuracy.words()[1]}"
     )
 

@@ -482,7 +482,7 @@ class _Session:
         model, seen = copy.deepcopy(ensemble._template).eval(), []
         for position in range(len(ensemble.replicas)):
             _load(model, ensemble.weights, ensemble.buffers, position)
-            with _output_of(model) as out:
+            with preserved(model, "eval"), _output_of(model) as out:
                 layers = layer_outputs(model, x, names)
             seen.append({"outputs": _rows(out[0]), **layers})
         return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
@@ -587,9 +587,10 @@ def due(schedule: Schedule, steps: int, *, first: bool = True, last: bool = True
 def default_chunk(stack: Stack, route: RouteName) -> int:
     """Replicas in one step: as many as keep their weights in a processor's cache, in an even number of chunks.
 
-    An accelerator takes more of them in the same time, up to 1 GiB.
+    An accelerator takes more of them in the same time: two GiB at most.
 
-    It depends on the replicas alone, never on the machine, since the last bits of a number depend on it.
+    It depends on the replicas and the kind of device alone, never on the machine, since the last bits of a number
+    depend on it.
     """
     if route == "loop":
         return len(stack)

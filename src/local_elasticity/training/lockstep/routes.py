@@ -277,11 +277,15 @@ class Loop(Route):
                 parameter.data = stack.weights[name][i]
             for name, buffer in model.named_buffers():
                 buffer.data = stack.buffers[name][i]
-        self.streams: list[Tensor] | None = None
+        self.generators = _default_generators(problem.inputs.device)
+        self.streams: list[list[Tensor]] | None = None  # of every replica, one for each generator
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Give every replica its random stream (dropout and the like draw from it)."""
-        self.streams = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+        self.streams = [
+            [torch.Generator(generator.device).manual_seed(seed).get_state() for generator in self.generators]
+            for seed in seeds
+        ]
 
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """One gradient after the other, then the step of all."""
@@ -290,7 +294,8 @@ class Loop(Route):
         try:
             for i, model in enumerate(self.models):
                 if self.streams is not None:
-                    torch.set_rng_state(self.streams[i])
+                    for generator, stream in zip(self.generators, self.streams[i], strict=True):
+                        generator.set_state(stream)
                 out = model(self.problem.inputs[index[i]])
                 loss = self.problem.loss_fn(out, self.problem.labels[index[i]])
                 named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -301,7 +306,7 @@ class Loop(Route):
                 outputs.append(out.detach())
                 losses.append(loss.detach())
                 if self.streams is not None:
-                    self.streams[i] = torch.get_rng_state()
+                    self.streams[i] = [generator.get_state() for generator in self.generators]
         finally:
             set_random_state(here)
         with torch.no_grad():
@@ -325,7 +330,14 @@ class Loop(Route):
     def load(self, state: Mapping[str, Any], steps: int) -> None:
         """Put a state back."""
         super().load(state, steps)
-        self.streams = [stream.clone() for stream in state["streams"]] or None
+        # Generators take their states from main memory, wherever a checkpoint was read to.
+        self.streams = [[stream.cpu().clone() for stream in streams] for streams in state["streams"]] or None
+        if self.streams is not None and any(len(streams) != len(self.generators) for streams in self.streams):
+            raise InputError(
+                expected="a checkpoint with one random stream a replica and generator",
+                got="one of an earlier version",
+                do="train again into another folder",
+            )
 
 
 ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
@@ -388,6 +400,14 @@ def agrees(stack: Stack, problem: Problem) -> bool:
         torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
         for name, w in plain.weights.items()
     )
+
+
+def _default_generators(device: torch.device) -> list[torch.Generator]:
+    """Where layers draw from: PyTorch's own streams, and those of the CUDA device."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 def forward_all(stack: Stack, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
