@@ -32,7 +32,7 @@ def judged_at_end(records: Sequence[Record], claim: Claim) -> Claim:
     return replace(claim, verdict="not judged") if short else claim
 
 
-def mean_logit(record: Record, images: int) -> Claim:
+def mean_logit(record: Record, images: str) -> Claim:
     """C10: xbar ends between 8 and 9."""
     seen = mean_of(at_the_end(record))
     low, high = RANGE
@@ -84,11 +84,11 @@ class SizeStudy(EnsembleStudy):
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
         trainings = self.needs(size)
-        images = [training.n_train + training.n_validation for training in trainings]
+        images = [f"{training.n_train} + {training.n_validation}" for training in trainings]
         claims = [mean_logit(record, m) for record, m in zip(records, images, strict=True)]
         claims += [independent_of_size(records), accurate(records)]
-        notes = ["images a class: training and validation together, 4 : 1 (the standard training: "
-                 f"{size.geomnist.n_train} + {size.geomnist.n_validation})"]  # fmt: skip
+        standard = f"{size.geomnist.n_train} + {size.geomnist.n_validation}"
+        notes = [f"images a class: training + validation, 4 : 1 (the standard training: {standard})"]
         for record, m in zip(records, images, strict=True):
             found = fit(record, "isotropic")
             notes.append(
@@ -96,11 +96,10 @@ class SizeStudy(EnsembleStudy):
             )
         return self.finish(claims, notes, {"size": self._figure(records, images, scale)}, scale, out)
 
-    def _figure(self, records: list[Record], images: list[int], scale: str) -> Any:
+    def _figure(self, records: list[Record], images: list[str], scale: str) -> Any:
         from local_elasticity.report.charts import Chart, Curve, charts
 
-        names = [f"{m}" for m in images]
-        pairs = list(zip(names, records, strict=True))
+        pairs = list(zip(images, records, strict=True))
         logits = [Curve(name, r.probe_times, band_of(own_logit(r.probe_means))) for name, r in pairs]
         accuracy = [
             Curve(name, r.dataset["validation_step"].values, band_of(r.array("validation_accuracy").T))
