@@ -77,12 +77,13 @@ def _read(part: Any, name: str) -> Any:
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
     older = _read(cudnn, "allow_tf32")
-    if not has_new_switches() or (older is not None and _unset()):
+    roots_set = has_new_switches() and (backends.fp32_precision, cudnn.fp32_precision) != ("none", "none")
+    if not has_new_switches() or (older is not None and not roots_set):
         with _set(cudnn, "allow_tf32", False):
             yield
         return
     with ExitStack() as stack:
-        with _root("none"):  # without it a switch that is not set reads as the root says
+        with _set(backends, "fp32_precision", "none"):  # without it a switch that is not set reads as the root says
             stack.enter_context(_set(cudnn, "fp32_precision", "ieee"))
             if cudnn.conv.fp32_precision != "ieee":  # it has a value of its own
                 stack.enter_context(_set(cudnn.conv, "fp32_precision", "ieee"))
@@ -107,19 +108,6 @@ def _exact_products() -> Iterator[None]:
             yield
         return
     with _precision(older, "highest"):
-        yield
-
-
-def _unset() -> bool:
-    """Whether the caller left the roots of the newer switches alone."""
-    if backends.fp32_precision != "none":
-        return False
-    return cudnn.fp32_precision == "none"
-
-
-@contextmanager
-def _root(value: str) -> Iterator[None]:
-    with _set(backends, "fp32_precision", value):
         yield
 
 

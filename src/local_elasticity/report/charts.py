@@ -23,6 +23,7 @@ from local_elasticity.report.style import (
     SMALL,
     finish_axis,
     new_figure,
+    new_panels,
     write_head,
 )
 
@@ -251,11 +252,9 @@ def charts(
         width: inches.
         height: inches of a row.
     """
-    rows = -(-len(content) // columns)
-    figure = new_figure(width, height * rows + 0.35)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = new_panels(len(content), columns, width, height, 0.35)
     explained: set[tuple[str, ...]] = set()
-    for axis, chart in zip(axes, content, strict=False):
+    for axis, chart in zip(axes, content, strict=True):
         _chart(axis, chart)
         names = tuple(curve.name for curve in chart.curves if curve.name)
         if names and names not in explained:
@@ -269,8 +268,6 @@ def charts(
                 edgecolor="none",
             )
             explained.add(names)
-    for axis in axes[len(content) :]:
-        axis.set_axis_off()
     write_head(figure, [title])
     return figure
 

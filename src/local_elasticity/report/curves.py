@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.report.style import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, new_figure
+from local_elasticity.report.style import BLUE, LINES, MARKERS, NORMAL, OTHERS, SMALL, new_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,11 +49,9 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
         width: inches of the figure.
         height: inches of a row.
     """
-    rows = -(-len(content) // columns)
-    figure = new_figure(width, height * rows + 0.3)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = new_panels(len(content), columns, width, height, 0.3)
     explained: set[tuple[str, ...]] = set()
-    for axis, panel in zip(axes, content, strict=False):
+    for axis, panel in zip(axes, content, strict=True):
         for at, line in enumerate(panel.lines):
             _draw(axis, line, at)
         for at, (x, words) in enumerate(panel.marks):
@@ -83,8 +81,6 @@ def panels(content: Sequence[Panel], columns: int, title: str, width: float = 6.
         if len(names) > 1 and names not in explained:
             axis.legend(fontsize=SMALL - 1, frameon=False, handlelength=2.2)
             explained.add(names)
-    for axis in axes[len(content) :]:
-        axis.set_axis_off()
     figure.suptitle(title, fontsize=NORMAL)
     return figure
 

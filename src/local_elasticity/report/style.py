@@ -30,6 +30,16 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
+def new_panels(count: int, columns: int, width: float, row: float, head: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels in rows of ``columns``; inches of a row, and of what stands above all of them."""
+    rows = -(-count // columns)
+    figure = new_figure(width, row * rows + head)
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
 def own_style() -> dict[str, Any]:
     """The style of the own class."""
     return {"color": BLUE, "linestyle": "-", "marker": "o", "linewidth": 1.6, "zorder": 3}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import local_elasticity as le
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.impact.progress import duration
+from local_elasticity.impact.progress import Pace, duration
 from local_elasticity.parallel import Task, Workers, perform
 from local_elasticity.runs import prepare_folder
 from local_elasticity.studies.pieces import kept
@@ -255,14 +255,13 @@ class _Run:
 
     def follow(self) -> dict[str, Any]:
         """Train to the end."""
-        looks, spent = 0, self.clock.seconds
-        started, first = time.perf_counter(), self.session.updates
+        spent, started, pace = self.clock.seconds, time.perf_counter(), Pace()
         for progress in self.session.run(self.tracker):
+            pace.add(time.perf_counter() - started, 0.0 if progress.look is None else progress.look.seconds)
             if progress.look is None:
                 continue
-            looks += 1
             self._control(progress.update)
-            self._tell(progress, self._left(time.perf_counter() - started, progress.update - first, looks))
+            self._tell(progress, pace.left(progress.total - progress.update, self._looks_due()))
         run = self.tracker.finish()
         self.clock.add("looks", float(run.dataset["seconds"].sum()) - self.clock.seconds.get("looks", 0.0))
         loss, accuracy = self._whole_test()
@@ -281,14 +280,10 @@ class _Run:
             "seconds": self._shares(spent),
         }
 
-    def _left(self, elapsed: float, updates: int, looks: int) -> float:
-        """Seconds to the end, by what updates and looks took so far."""
-        update = self.clock.seconds.get("training", 0.0) / self.session.updates
-        look = max(0.0, elapsed - update * updates) / looks
+    def _looks_due(self) -> int:
         per_epoch, every = self.session.per_epoch, self.job.size.every
         ahead = range(self.session.updates, self.session.total)
-        due = sum(position % per_epoch % every == 0 for position in ahead)
-        return update * len(ahead) + look * due
+        return sum(position % per_epoch % every == 0 for position in ahead)
 
     def _shares(self, spent: dict[str, float]) -> dict[str, float]:
         """Seconds by what they went to; tracking is what the snapshots took beyond testing and saving."""
@@ -305,17 +300,18 @@ class _Run:
         inputs, labels = images.tensors()
         return inputs.to(self.job.device), labels.to(self.job.device)
 
-    def _tell(self, progress: Any, left: float) -> None:
+    def _tell(self, progress: Any, left: float | None) -> None:
         note = {"update": progress.update, "total": progress.total, "left": left}
         partial = self.job.folder / "progress.partial"
         partial.write_text(json.dumps(note))
         os.replace(partial, self.job.folder / "progress.json")
         if self.job.aloud:
             table = progress.look.tables[PROBE, MEASURE]
+            rest = "" if left is None else f", about {duration(left)} left"
             print(
                 f"{self.job.condition.name}, run {self.job.index}, update {progress.update} of {progress.total}: "
                 f"{MEASURE} intra {table.intra:.4f} inter {table.inter:.4f}; {progress.look.seconds:.1f} s for the "
-                f"snapshot, about {duration(left)} left",
+                f"snapshot{rest}",
                 flush=True,
             )
 
