@@ -21,7 +21,7 @@ from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.kernel import kernel, kernel_diagonal
 from local_elasticity.impact.ripple import Ripple, ripple
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
 
 Outputs = Literal["values", "logits", "probabilities"]
 Loss = Literal["mse", "bce"]

@@ -16,7 +16,7 @@ from local_elasticity.impact import checks
 from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
 from local_elasticity.impact.plan import check_memory
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
 
 Form = Literal["full", "trace"] | int
 

@@ -24,7 +24,7 @@ from local_elasticity.impact.contraction import contract
 from local_elasticity.impact.measurement import measure
 from local_elasticity.impact.problem import LossFunction, match_rows
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import preserved
+from local_elasticity.impact.subject import preserved
 from local_elasticity.updates import Update
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
 from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, every
