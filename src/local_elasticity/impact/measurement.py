@@ -17,7 +17,7 @@ from local_elasticity.impact import checks
 from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
 from local_elasticity.impact.plan import MemoryMeter, Plan
-from local_elasticity.impact.problem import LossFunction, Problem
+from local_elasticity.impact.problem import LossFunction, Problem, all_converted, measured_in
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.trimming import trimmed
@@ -131,9 +131,9 @@ def measure(
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)
-        kind, only_narrow = _measured_in(model, dtype)
+        kind, only_narrow = measured_in(model, dtype)
         originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inputs, labels, looked_at = _all_converted((inputs, labels, looked_at), kind, only_narrow)
+        inputs, labels, looked_at = all_converted((inputs, labels, looked_at), kind, only_narrow)
     with preserved(model, mode, loss_fn, kind, only_narrow) as subject:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         step = update.bind(parameters, originals)
@@ -190,38 +190,10 @@ def measure(
     return impact
 
 
-def _measured_in(model: nn.Module, dtype: torch.dtype | Literal["as_is"] | None) -> tuple[torch.dtype | None, bool]:
-    """The dtype to convert to, None for none; and whether tensors of 16 bits alone are."""
-    if dtype is None:
-        narrow = any(p.requires_grad and p.is_floating_point() and p.element_size() == 2 for p in model.parameters())
-        return (torch.float32, True) if narrow else (None, False)
-    return (None if dtype == "as_is" else dtype), False
-
-
-def _all_converted(
-    tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None, only_narrow: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, labels and targets in another dtype; targets that are the inputs stay the same tensor."""
-    if dtype is None:
-        return tensors
-    inputs, labels, targets = tensors
-    other = _converted(inputs, dtype, only_narrow)
-    rest = other if targets is inputs else _converted(targets, dtype, only_narrow)
-    return other, _converted(labels, dtype, only_narrow), rest
-
-
 def _check_choice(name: str, value: str, kind: object) -> None:
     known = [str(choice) for choice in get_args(kind)]
     if value not in known:
         raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
-
-
-def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
-    if only_narrow and x.element_size() != 2:
-        return x
-    if x.is_complex():
-        return x.to(dtype.to_complex())
-    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _warn_of_noise(impact: Impact) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -252,6 +252,40 @@ class Problem:
 def widened(x: Tensor) -> Tensor:
     """Outputs of 16 bits in 32, so that their differences are."""
     return x.float() if x.is_floating_point() and x.element_size() == 2 else x
+
+
+def measured_in(model: nn.Module, dtype: torch.dtype | Literal["as_is"] | None) -> tuple[torch.dtype | None, bool]:
+    """The dtype to convert to, None for none; and whether tensors of 16 bits alone are."""
+    if dtype is None:
+        narrow = any(p.requires_grad and p.is_floating_point() and p.element_size() == 2 for p in model.parameters())
+        return (torch.float32, True) if narrow else (None, False)
+    return (None if dtype == "as_is" else dtype), False
+
+
+def all_converted(
+    tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None, only_narrow: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, labels and targets in another dtype; targets that are the inputs stay the same tensor."""
+    if dtype is None:
+        return tensors
+    inputs, labels, targets = tensors
+    other = _converted(inputs, dtype, only_narrow)
+    rest = other if targets is inputs else _converted(targets, dtype, only_narrow)
+    return other, _converted(labels, dtype, only_narrow), rest
+
+
+def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
+    if only_narrow and x.element_size() != 2:
+        return x
+    if x.is_complex():
+        return x.to(dtype.to_complex())
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def asked(subject: Subject, x: Tensor) -> Any:
+    """A first forward pass: what the model raises is told in our words."""
+    with torch.no_grad():
+        return _asked("the model", subject.call, x)
 
 
 def _asked(who: str, work: Callable[..., Any], *args: Tensor) -> Any:

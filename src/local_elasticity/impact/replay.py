@@ -20,6 +20,7 @@ VMAP_CHUNK = 32
 VMAP_LEAST_SOURCES = 8
 VMAP_MOST_PRODUCTS = 2**20  # weights x targets: above, one batched product costs more than one after the other
 SAME_CHANGE = 1e-3  # of a change: how far two routes to it may be apart, beside rounding
+SAME_CHANGE_OF_CASTS = 0.05  # the same within autocast, whose factors have 8 bits
 _NO_BATCHING = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError)
 
 
@@ -200,7 +201,8 @@ def _differs_from_step(problem: Problem, results: _Results, source: int, buffers
     loss, looked = _step_and_look(problem, source, problem.rows(source), buffers)
     real = looked[: problem.n_targets] - problem.before
     error = (results.after[source] - problem.before - real).norm(dim=-1)
-    allowed = SAME_CHANGE * real.norm(dim=-1) + 10 * problem.noise_floor
+    same = SAME_CHANGE_OF_CASTS if torch.is_autocast_enabled(problem.targets.device.type) else SAME_CHANGE
+    allowed = same * real.norm(dim=-1) + 10 * problem.noise_floor
     if bool((error <= allowed).all()) and _close(loss, results.losses[source]):
         return None
     if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(real).all()):
@@ -210,8 +212,8 @@ def _differs_from_step(problem: Problem, results: _Results, source: int, buffers
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    eps = torch.finfo(one.dtype).eps
-    return bool((one - other).abs() <= 1e3 * eps * (one.abs() + 1))
+    eps = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(one.device.type) else one.dtype).eps
+    return bool((one - other).abs() <= (1e3 * eps if eps < 1e-3 else 4 * eps) * (one.abs() + 1))
 
 
 def _keep(problem: Problem, results: _Results, source: int, loss: Tensor, looked: Tensor) -> None:

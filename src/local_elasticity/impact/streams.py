@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,18 +57,36 @@ def in_main_thread() -> bool:
 
 
 class Draws(TorchDispatchMode):
-    """Notices operations of this thread that draw from torch's global streams.
+    """Notices operations of this thread that draw from the global streams of torch, and of Python.
 
     Args:
         refuse: raise before the first of them, instead of noting it.
 
     Attributes:
-        were_seen: whether there were any.
+        were_seen: whether any drew from torch's.
+        in_python: whether any drew from Python's.
     """
 
     def __init__(self, refuse: bool = False) -> None:
         super().__init__()
-        self.refuse, self.were_seen = refuse, False
+        self.refuse, self.were_seen, self.in_python = refuse, False, False
+
+    def __enter__(self) -> Draws:
+        self._profiler = sys.getprofile()
+        sys.setprofile(self._on_call)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        sys.setprofile(self._profiler)
+
+    def _on_call(self, frame: Any, event: str, argument: Any) -> None:
+        """Notices calls of Python's own stream by this thread; those of NumPy's cannot be seen."""
+        if event == "c_call" and getattr(argument, "__self__", None) is cast(Any, random)._inst:
+            self.in_python = True
+            if self.refuse:
+                raise DrawsInThreadError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and look at what it is."""
@@ -85,7 +104,7 @@ class DrawsInThreadError(InputError):
     def __init__(self) -> None:
         super().__init__(
             expected="a model and a loss that draw no random numbers, in a thread that is not the main one",
-            got="a draw from torch's global stream, which belongs to all threads",
+            got="a draw from a global stream, which belongs to all threads",
             do="measure in the main thread, use mode='eval', or give the module a torch.Generator of its own",
         )
 

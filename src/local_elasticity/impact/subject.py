@@ -283,6 +283,22 @@ class Subject:
             self._stepped = frozenset()
             self._shadows.renew(parameters)
 
+    def check_quiet(self, work: Callable[[], Any]) -> Any:
+        """Do some work that stands for all that follows, and refuse what it moves or draws; returns its result.
+
+        Raises:
+            InputError: for forward passes that are not all alike.
+        """
+        result = self.find_draws(work)
+        self.rewind()
+        if self.restless:
+            raise InputError(
+                expected="forward passes that neither draw random numbers nor move state",
+                got=", ".join(sorted((self.draws and {"random numbers"}) or self.moved - {"python"})),
+                do="use mode='eval', or le.measure with engine='replay'",
+            )
+        return result
+
     def find_draws(self, work: Callable[[], Any]) -> Any:
         """Do some work, and find out whether it draws from the global streams; returns what it returns.
 
@@ -303,14 +319,15 @@ class Subject:
         return result
 
     def _attributed(self, work: Callable[[], Any], names: set[str]) -> set[str]:
-        """Those of the streams that this thread's work moved; for NumPy and Python, those that move every time."""
+        """Those of the streams that this thread's work moved; NumPy's counts where it moves every time."""
         watched = Draws()
         for _ in range(2):
             before = random_state()
             with watched:
                 work()
-            names = names & (moved_streams(before) | {"torch", "cuda"})
-        return names if watched.were_seen else names - {"torch", "cuda"}
+            names = names & (moved_streams(before) | {"torch", "cuda", "python"})
+        blamed = (() if watched.were_seen else ("torch", "cuda")) + (() if watched.in_python else ("python",))
+        return names - set(blamed)
 
     def check_late_draws(self, work: Callable[[], Any]) -> None:
         """Where streams moved though no draw was found, and other threads live: watch the work once more.

@@ -70,7 +70,7 @@ class Tracker:
         outputs: what the model emits, as in ``measure``.
         exclude_self: leave pairs of a sample with itself out of the class tables.
         class_names: names by label; taken from the probes where they know.
-        route: force the route of ``measure`` (repeatable numbers); by default timed once, at the first snapshot.
+        route: force the route of ``measure``; by default it follows from counts, alike at every snapshot.
         chunk_size: force its chunk.
         check_pairs: as in ``measure``.
         collapse_layers: also measure neural collapse (NC1 to NC4) of the probes' features at these layers, at every
@@ -130,8 +130,7 @@ class Tracker:
         if self.collapse_layers and len(torch.unique(self.labels)) < 2:
             raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
         self.limits = _checked_limits(limits, self.updates)
-        self._routes: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
-        self._routes |= dict.fromkeys(self.limits, ("contract", len(self.inputs)))
+        self._route, self._chunk_size = route, chunk_size
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
         self._epoch: float | None = None
@@ -212,21 +211,19 @@ class Tracker:
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _measure(self, name: str, update: Update) -> Impact:
-        route, chunk_size = self._routes[name]
-        impact = measure(
+        is_limit = name in self.limits
+        return measure(
             self.model,
             self.loss_fn,
             (self.inputs, self.labels),
             update=update,
-            engine="linear" if name in self.limits else "replay",
+            engine="linear" if is_limit else "replay",
             outputs=self.outputs,
-            route=route,
-            chunk_size=chunk_size,
+            route=None if is_limit else self._route,
+            chunk_size=len(self.inputs) if is_limit else self._chunk_size,
             mode=self.mode,
             check_pairs=self.check_pairs,
         )
-        self._routes[name] = (impact.plan.route, impact.plan.chunk_size)
-        return impact
 
     def _estimate(self) -> float:
         """Seconds that a snapshot is expected to take: the last one's, or a pilot of one source."""
@@ -348,8 +345,10 @@ class Tracker:
         """Every metric of neural collapse, (layer,); NaN where a layer does not have it."""
         if not self.collapse_layers:
             return {}
-        with preserved(self.model, self.mode):
-            found = layer_metrics(self.model, self.inputs, self.labels, self.collapse_layers)
+        with preserved(self.model, self.mode) as subject:
+            found = subject.find_draws(
+                lambda: layer_metrics(self.model, self.inputs, self.labels, self.collapse_layers)
+            )
         names = (*GEOMETRY, *CLASSIFIER) if PENULTIMATE in self.collapse_layers else GEOMETRY
         return {
             name: (("layer",), np.array([found[layer].get(name, math.nan) for layer in self.collapse_layers]))
@@ -463,8 +462,6 @@ class Tracker:
         steps = self._store.steps
         self.resume_step = (max(steps) if steps else 0) if resume is True else int(resume)
         self.updates_made = self.resume_step
-        for name, (route, chunk) in json.loads(dataset.attrs.get("routes", "{}")).items():
-            self._routes[name] = (route, chunk)
         if resume is True and "epoch_start" in dataset.attrs:
             self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
         self._store.set_attributes({"finished": False})
