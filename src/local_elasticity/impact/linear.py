@@ -73,7 +73,7 @@ def _by_count(
     progress: bool,
     meter: MemoryMeter,
 ) -> Result:
-    """By the route asked for; else by contraction where it has more sources than half the outputs, and is admissible."""
+    """By the route asked for; else by contraction, or source by source where there are few sources and many outputs."""
     few = 2 * problem.n_sources <= problem.n_outputs
     order = [route] if route else ["jvp", "contract"] if few else ["contract", "jvp"]
     if route is None:

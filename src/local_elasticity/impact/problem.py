@@ -204,7 +204,7 @@ class Problem:
             still = [None if i in self.idle else torch.zeros_like(p) for i, p in enumerate(self.parameters)]
             return self.parameters[0].detach().new_zeros(()), still
         with torch.enable_grad():
-            output, loss = self.loss(source)
+            _, loss = self.loss(source)
             if not loss.requires_grad:
                 raise no_gradient()
             if examine:

@@ -1,4 +1,4 @@
-"""Stand-ins for tensors that a look may write to: nothing is copied unless it is written, and every write is noticed."""
+"""Stand-ins for tensors that a look may write to: nothing is copied unless it is written; every write is noticed."""
 
 from __future__ import annotations
 
@@ -202,8 +202,9 @@ class Shadows:
 def _can_stand_in(x: Tensor) -> bool:
     if x.layout is not torch.strided or x.device.type == "meta" or x.is_quantized or x.is_nested:
         return False
-    if type(x) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and hasattr(type(x), "__torch_dispatch__"):
-        return type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    if type(x) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        dispatch: Any = getattr(type(x), "__torch_dispatch__", None)
+        return dispatch is torch._C._disabled_torch_dispatch_impl
     try:
         return x.untyped_storage().nbytes() > 0
     except (RuntimeError, NotImplementedError):
@@ -212,8 +213,8 @@ def _can_stand_in(x: Tensor) -> bool:
 
 def _extent(x: Tensor) -> tuple[int, int]:
     """First and last byte of a tensor in its storage."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
-    start = x.storage_offset() * x.element_size()
+    last: Any = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+    start: Any = x.storage_offset() * x.element_size()
     return start, start + (last + 1) * x.element_size()
 
 
@@ -227,7 +228,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _set_version(x: Tensor, version: int) -> None:
-    setter = torch._C._autograd._unsafe_set_version_counter
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 (private)
+    setter = autograd._unsafe_set_version_counter
     try:
         setter((x,), (version,))
     except TypeError:  # the older signature

@@ -43,7 +43,7 @@ def moved_streams(state: dict[str, Any]) -> set[str]:
         now = torch.cuda.get_rng_state_all()
         if len(now) != len(state["cuda"]) or not all(map(torch.equal, now, state["cuda"])):
             names.add("cuda")
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
     if rest != list(state["numpy"][2:]) or not np.array_equal(keys, state["numpy"][1]):
         names.add("numpy")
     if random.getstate() != state["python"]:

@@ -1,7 +1,7 @@
 """What a look may touch, and puts back: all that the model and the loss can reach (docs/measurement.md).
 
-Every forward pass starts from the same state: `Subject.call` first puts back whatever the pass before has moved. Tensors
-stand in for themselves by copy on write, so nothing is copied unless it is written.
+Every forward pass starts from the same state: `Subject.call` first puts back whatever the pass before has moved.
+Tensors stand in for themselves by copy on write, so nothing is copied unless it is written.
 """
 
 from __future__ import annotations
@@ -407,7 +407,7 @@ def _put_back_requirements(flags: list[tuple[Tensor, bool]]) -> None:
             t.requires_grad_(flag)
 
 
-def _put_back_flags(flags: list[tuple[nn.Module, bool]]) -> None:
+def _put_back_flags(flags: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, flag in flags:
         module.training = flag
 

@@ -130,7 +130,7 @@ class Tracker:
         if self.collapse_layers and len(torch.unique(self.labels)) < 2:
             raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
         self.limits = _checked_limits(limits, self.updates)
-        self._route, self._chunk_size = route, chunk_size
+        self._asked: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
         self._epoch: float | None = None
@@ -212,6 +212,7 @@ class Tracker:
 
     def _measure(self, name: str, update: Update) -> Impact:
         is_limit = name in self.limits
+        route, chunk_size = self._asked[name]
         return measure(
             self.model,
             self.loss_fn,
@@ -219,8 +220,8 @@ class Tracker:
             update=update,
             engine="linear" if is_limit else "replay",
             outputs=self.outputs,
-            route=None if is_limit else self._route,
-            chunk_size=len(self.inputs) if is_limit else self._chunk_size,
+            route=None if is_limit else route,
+            chunk_size=len(self.inputs) if is_limit else chunk_size,
             mode=self.mode,
             check_pairs=self.check_pairs,
         )
@@ -410,7 +411,12 @@ class Tracker:
         routes = {name: [plan["route"], plan["chunk_size"]] for name, plan in plans.items()}
         short = ", ".join(dict.fromkeys(f"{route} (chunk {chunk})" for route, chunk in routes.values()))
         engines = "replay and linear" if self.limits else "replay"
-        return {"route": f"{engines}, {short}", "routes": json.dumps(routes), "threads": torch.get_num_threads()}
+        return {
+            "route": f"{engines}, {short}",
+            "routes": json.dumps(routes),
+            "asked_routes": json.dumps(self._asked),
+            "threads": torch.get_num_threads(),
+        }
 
     def _open(self, store: str | Path | None, resume: bool | int) -> None:
         self._created = False
@@ -462,6 +468,10 @@ class Tracker:
         steps = self._store.steps
         self.resume_step = (max(steps) if steps else 0) if resume is True else int(resume)
         self.updates_made = self.resume_step
+        if all(asked == (None, None) for asked in self._asked.values()):
+            # runs from before routes followed from counts say only what was taken
+            stored = json.loads(dataset.attrs.get("asked_routes", dataset.attrs.get("routes", "{}")))
+            self._asked |= {name: tuple(asked) for name, asked in stored.items() if name in self._asked}
         if resume is True and "epoch_start" in dataset.attrs:
             self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
         self._store.set_attributes({"finished": False})
