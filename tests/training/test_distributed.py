@@ -86,3 +86,36 @@ def test_sharded_weights_are_refused():
                 inner_module(wrapped)
     with pytest.raises(le.InputError, match="sharded over processes"):
         le.Tracker(sharded, F.cross_entropy, (torch.randn(3, 4), torch.arange(3)), update=le.SGD(lr=0.1))
+
+
+class Unused(nn.parallel.DistributedDataParallel):
+    """A wrapper whose own forward pass, which may wait for other ranks, must not be called."""
+
+    def forward(self, *inputs, **keywords):
+        raise AssertionError("the wrapper was called")
+
+
+SAMPLES = (torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.arange(4) % 3)
+LOOKS = {
+    "tiles": lambda net, out: (
+        le.measure_tiles(
+            net, F.cross_entropy, SAMPLES, update=le.SGD(lr=0.1), out=out, tile=2, route="contract"
+        ).change.values
+    ),
+    "gram": lambda net, out: le.gradient_gram(net, F.cross_entropy, SAMPLES, out=out, tile=2).gram.values,
+    "kernel": lambda net, out: le.kernel(net, SAMPLES[0]),
+    "kernel similarity": lambda net, out: le.s_ker(net, SAMPLES[0], form="limit"),
+    "ripple": lambda net, out: le.ripple(net, F.cross_entropy, SAMPLES).after,
+    "ranks": lambda net, out: le.measure_across_ranks(net, F.cross_entropy, SAMPLES, update=le.SGD(lr=0.1)).change,
+    "measure": lambda net, out: le.measure(net, F.cross_entropy, SAMPLES, update=le.SGD(lr=0.1)).change,
+}
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look_goes_past_the_wrapper(look, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1 if look == "kernel similarity" else 3))
+    want = LOOKS[look](net, tmp_path / "plain.zarr")
+    got = LOOKS[look](Unused(net), tmp_path / "wrapped.zarr")
+    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), rtol=0, atol=0)
