@@ -107,6 +107,9 @@ LOOKS = {
     "kernel similarity": lambda net, out: le.s_ker(net, SAMPLES[0], form="limit"),
     "ripple": lambda net, out: le.ripple(net, F.cross_entropy, SAMPLES).after,
     "ranks": lambda net, out: le.measure_across_ranks(net, F.cross_entropy, SAMPLES, update=le.SGD(lr=0.1)).change,
+    "collapse": lambda net, out: torch.tensor(
+        [list(layer.values()) for layer in le.collapse.layer_metrics(net, *SAMPLES, ["0"]).values()]
+    ),
     "measure": lambda net, out: le.measure(net, F.cross_entropy, SAMPLES, update=le.SGD(lr=0.1)).change,
 }
 
