@@ -527,10 +527,16 @@ def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tu
             got=f"{labels.dtype} of shape {tuple(labels.shape)}",
             do="class tables need classes; use le.measure for other targets",
         )
+    if int(labels.min()) < 0:
+        raise InputError(
+            expected="probes that have a class each, from 0",
+            got=f"label {int(labels.min())} at probe {int(labels.argmin())}",
+            do="leave out the probes that the loss ignores, and number the classes from 0",
+        )
     names = given if given is not None else getattr(probes, "class_names", None)
     if names is None:
         return tuple(str(label) for label in range(int(labels.max()) + 1))
-    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+    if int(labels.max()) >= len(names):
         raise InputError(
             expected=f"labels in 0..{len(names) - 1}, one name each",
             got=f"labels from {int(labels.min())} to {int(labels.max())}",
