@@ -208,6 +208,22 @@ def test_a_label_of_weight_zero_is_refused_in_a_mean():
         check_class_weights(nn.CrossEntropyLoss(weight), torch.tensor([[0, 1], [-100, 1]]))
 
 
+def focal(outputs, labels):
+    """Lin et al.: a sigmoid of each output."""
+    p, t = outputs.sigmoid(), F.one_hot(labels, outputs.shape[1]).to(outputs)
+    p_true = p * t + (1 - p) * (1 - t)
+    return -((1 - p_true).square() * p_true.log()).sum()
+
+
+def softmax_focal(outputs, labels):
+    log_p = outputs.log_softmax(-1)[0, labels]
+    return -((1 - log_p.exp()).square() * log_p).sum()
+
+
+def gated(outputs, labels):
+    return F.cross_entropy(outputs, labels) * (1 + outputs.mean().sigmoid())
+
+
 MULTI_HOT = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
 SOFT = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
 
@@ -233,6 +249,12 @@ SOFT = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
         (torch.tensor([[1, 2], [0, 1]]), 6, lambda o, y: F.cross_entropy(o.view(-1, 3), y.flatten()), False),
         (torch.tensor([0, 1]), 5, lambda o, y: F.cross_entropy(o[:, :2], y), False),
         (torch.tensor([0, 1]), 2, lambda o, y: F.binary_cross_entropy(o.sigmoid(), F.one_hot(y, 2).float()), False),
+        (torch.tensor([0, 2]), 3, focal, False),
+        (torch.tensor([0, 2]), 3, softmax_focal, True),
+        (torch.tensor([0, 2]), 3, gated, True),
+        (SOFT, 3, lambda o, y: (F.softplus(o) - o * y).sum(), False),
+        (SOFT, 3, lambda o, y: torch.logsumexp(o, 1).sum() - (o * y).sum(), True),
+        (torch.tensor([0, 1]), 1, lambda o, y: (F.softplus(o[:, 0]) - o[:, 0] * y).sum(), True),
         (torch.tensor([0, 1]), 1, nn.BCEWithLogitsLoss(), True),
         (torch.tensor([0.0, 1.0]), 1, nn.BCEWithLogitsLoss(), True),
         (torch.tensor([[0.2], [0.9]]), 1, nn.BCEWithLogitsLoss(), True),

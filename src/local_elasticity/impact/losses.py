@@ -30,8 +30,15 @@ INDEPENDENT = (
 )
 REGRESSION = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
 
+SIGMOID, SOFTMAX = "sigmoid", "softmax"  # what a loss written by hand makes of its outputs
+
 _NAMES = (*CLASSES, *INDEPENDENT, *REGRESSION)
-_FUNCTIONS = {getattr(F, name): name for name in _NAMES}
+_FUNCTIONS: dict[Any, str] = {getattr(F, name): name for name in _NAMES}
+_MADE_BY_HAND: dict[Any, str] = {
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.sigmoid, F.logsigmoid, F.softplus), SIGMOID),
+    **dict.fromkeys((torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax), SOFTMAX),
+    **dict.fromkeys((F.softmax, F.log_softmax, F.softmin, torch.logsumexp, Tensor.logsumexp), SOFTMAX),
+}
 _MODULES = {
     nn.CrossEntropyLoss: "cross_entropy",
     nn.NLLLoss: "nll_loss",
@@ -54,10 +61,10 @@ _ROW_SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class LossCall:
-    """One use of a loss of ``torch.nn.functional``.
+    """One use of a loss of ``torch.nn.functional``, or of what losses written by hand are made of.
 
     Attributes:
-        name: the name of the function.
+        name: the name of the function, or "sigmoid" or "softmax" of anything like it.
         reduction: "mean", "sum" or "none".
         ignore_index: the label that it ignores; None where it ignores none.
         weight: its class weights; None without, and for losses whose weights are not of classes.
@@ -104,7 +111,8 @@ def read_loss(
             loss_fn(output.detach(), labels)
     except Exception:  # a foreign function may raise anything; the measurement itself meets it again
         pass
-    return tuple(recorder.calls) or tuple(_reached(loss_fn))
+    seen = tuple(recorder.calls)
+    return seen if any(call.name in _NAMES for call in seen) else (*seen, *_reached(loss_fn))
 
 
 class _Recorder(TorchFunctionMode):
@@ -117,9 +125,10 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = _FUNCTIONS.get(func) if isinstance(func, _FUNCTION_TYPES) else None
-        if name is not None:
+        if name := _FUNCTIONS.get(func):
             self.calls.append(_call(name, args, kwargs or {}))
+        elif name := _MADE_BY_HAND.get(func):
+            self.calls.append(LossCall(name))
         return func(*args, **(kwargs or {}))
 
 
@@ -347,7 +356,8 @@ def one_distribution(labels: Tensor, n_outputs: int, losses: Losses) -> bool:
     names = {call.name for call in calls}
     if n_outputs == 1:
         return _two_classes(labels, bool(names.intersection(REGRESSION)))
-    if names.intersection(INDEPENDENT):
+    by_hand = SIGMOID in names and not names.intersection((*CLASSES, SOFTMAX))
+    if names.intersection(INDEPENDENT) or by_hand:
         return False
     widths = {call.n_classes for call in calls if call.n_classes is not None}
     if widths:
