@@ -75,8 +75,8 @@ def _refuse_shards(model: nn.Module) -> None:
     """A type that was never imported has no instances, so nothing is imported to find out."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     tensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    sharded = [name for name, module in model.named_modules() if fsdp is not None and isinstance(module, fsdp)]
-    sharded += [name for name, p in model.named_parameters() if tensor is not None and isinstance(p, tensor)]
+    sharded = [] if fsdp is None else [name for name, module in model.named_modules() if isinstance(module, fsdp)]
+    sharded += [] if tensor is None else [name for name, p in model.named_parameters() if isinstance(p, tensor)]
     if sharded:
         raise InputError(
             expected="a model whose weights this process holds whole",
