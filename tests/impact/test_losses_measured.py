@@ -130,8 +130,8 @@ def test_an_unreduced_loss():
         le.measure(net(), nn.BCEWithLogitsLoss(reduction="none"), (X, MULTI_HOT), update=le.SGD(lr=0.1))
 
 
-def test_the_model_is_not_needed_twice():
-    """Reading the loss leaves no trace in a loss that keeps a mean of its own."""
+def test_reading_a_loss_leaves_no_trace_in_its_own_state():
+    """A loss that keeps a mean of its own is called once more to be read."""
 
     class Loss(nn.Module):
         def __init__(self):
