@@ -437,6 +437,9 @@ def test_bad_settings_are_refused_with_what_to_do():
         tracked(net(), update={})
     with pytest.raises(le.InputError, match="integer dtype"):
         tracked(net(), probes=(probes()[0], probes()[1].double()))
+    for ignored in (-100, -1):
+        with pytest.raises(le.InputError, match=f"label {ignored} at probe 2"):
+            tracked(net(), probes=(probes()[0], probes()[1].index_fill(0, torch.tensor(2), ignored)))
     tracker = tracked(net())
     with pytest.raises(le.InputError, match="a number for 'loss'"):
         tracker.step(loss="low")

@@ -84,17 +84,14 @@ def check_output(output: object, batch: int) -> Tensor:
     )
 
 
-def check_labels(labels: Tensor, n_outputs: int, outputs: str, ignored: Tensor | None = None) -> None:
-    """Class labels must be int64 in 0..K-1 where the model emits K >= 2 logits or probabilities, or be ignored."""
+def check_labels(labels: Tensor, n_outputs: int, outputs: str) -> None:
+    """Class labels must be int64 in 0..K-1 where the model emits K >= 2 logits or probabilities."""
     if outputs == "values" or n_outputs < 2 or labels.dim() != 1:
         return
     if labels.dtype != torch.int64:
         raise InputError(
             expected="class labels of dtype int64", got=str(labels.dtype), do="convert them with labels.long()"
         )
-    labels = labels if ignored is None else labels[~ignored.to(labels.device)]
-    if not len(labels):
-        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_outputs:
         raise InputError(

@@ -23,8 +23,9 @@ from local_elasticity.impact.contraction import (
     unit_cotangents,
 )
 from local_elasticity.impact.first_order import first_order_change
+from local_elasticity.impact.losses import one_number
 from local_elasticity.impact.plan import check_memory
-from local_elasticity.impact.problem import LossFunction, Problem, as_scalar, no_gradient, widened
+from local_elasticity.impact.problem import LossFunction, Problem, no_gradient, widened
 from local_elasticity.impact.subject import SHARED_MEMORY
 
 MOST_LABELS = 4  # at which the loss is compared with real forward passes, where it cannot reach the model
@@ -79,7 +80,7 @@ def per_sample_losses(
     """Loss of each sample and its gradient by the outputs; both zero where a label is ignored."""
     outputs = outputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        losses = [as_scalar(loss_fn(row, y)) for row, y in zip(outputs.split(1), labels.clone().split(1), strict=True)]
+        losses = [one_number(loss_fn(row, y)) for row, y in zip(outputs.split(1), labels.clone().split(1), strict=True)]
         total = torch.stack(losses)
         if not total.requires_grad:
             raise InputError(
@@ -113,7 +114,7 @@ def _cut(problem: Problem, source: int, factors: LossFactors) -> list[Tensor | N
     with torch.enable_grad():
         output = problem.subject.call(problem.inputs[source : source + 1])
         leaf = output.detach().requires_grad_()
-        loss = as_scalar(problem.loss_fn(leaf, problem.labels[source : source + 1].clone()))
+        loss = one_number(problem.loss_fn(leaf, problem.labels[source : source + 1].clone()))
         if not loss.requires_grad:
             raise no_gradient()
         by_output, *by_weights = torch.autograd.grad(loss, [leaf, *problem.parameters], allow_unused=True)

@@ -17,6 +17,7 @@ from local_elasticity.impact.plan import check_memory
 from local_elasticity.impact.problem import all_converted, asked, measured_in
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, Subject, preserved
+from local_elasticity.impact.wrappers import inner_module
 
 Form = Literal["full", "trace"] | int
 
@@ -60,6 +61,7 @@ def kernel(
     Source: Jacot, Gabriel, Hongler, "Neural Tangent Kernel" (arXiv:1806.07572), at the weights as they are.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         sources = checks.check_targets(xs)
         targets = sources if xt is None else checks.check_targets(xt)
@@ -113,6 +115,7 @@ def kernel_diagonal(
         InputError: as ``kernel``.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         x = checks.check_targets(xs)
         kind, only_narrow = measured_in(model, None)

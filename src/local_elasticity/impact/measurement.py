@@ -21,6 +21,7 @@ from local_elasticity.impact.problem import LossFunction, Problem, all_converted
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.trimming import trimmed
+from local_elasticity.impact.wrappers import check_alone, inner_module
 from local_elasticity.updates import Update
 
 Engine = Literal["auto", "replay", "linear"]
@@ -45,6 +46,7 @@ class Impact:
         update: name of the update.
         plan: how it was done and what it cost.
         noise_floor: float noise of the output at each target.
+        independent: whether the labels or the loss show that the outputs are not one distribution over classes.
         linearization_error: ‖finite - first-order change‖ / ‖finite change‖ on the checked pairs (NaN: unchecked).
     """
 
@@ -61,6 +63,7 @@ class Impact:
     plan: Plan
     noise_floor: Float[Tensor, " targets"]
     linearization_error: float = float("nan")
+    independent: bool = False
     below_noise: Bool[Tensor, "sources targets"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +131,8 @@ def measure(
     if route is not None:
         _check_choice("route", route, Route)
     with torch.inference_mode(False):
+        model = inner_module(model)
+        check_alone(model, mode)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)
@@ -162,6 +167,7 @@ def measure(
         problem.check_late_draws()
     plan: Plan = result.plan
     plan.notes[:0] = notes
+    plan.notes += problem.notes
     if left_out:
         plan.notes.append(f"{left_out:,} weights only ever meet padding and were left out")
     if only_narrow:
@@ -184,9 +190,10 @@ def measure(
         plan=plan,
         noise_floor=problem.noise_floor,
         linearization_error=result.linearization_error,
+        independent=problem.independent,
     )
     if plan.engine == "replay":
-        _warn_of_noise(impact)
+        _warn_of_noise(impact, problem.ignored)
     return impact
 
 
@@ -196,8 +203,8 @@ def _check_choice(name: str, value: str, kind: object) -> None:
         raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
 
 
-def _warn_of_noise(impact: Impact) -> None:
-    flagged = int(impact.below_noise.sum())
+def _warn_of_noise(impact: Impact, ignored: Tensor) -> None:
+    flagged = int(impact.below_noise[~ignored.to(impact.below_noise.device)].sum())
     if flagged and bool(impact.change.any()):
         warnings.warn(
             f"{flagged} of {impact.below_noise.numel()} pairs move less than ten times the noise of their target: "

@@ -17,6 +17,15 @@ from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact.checks import check_labels, check_output
+from local_elasticity.impact.losses import (
+    cancelling_class_weights,
+    check_class_weights,
+    ignored_labels,
+    ignores,
+    one_distribution,
+    one_number,
+    read_loss,
+)
 from local_elasticity.impact.shadows import private
 from local_elasticity.impact.subject import Subject
 from local_elasticity.updates import Step
@@ -44,9 +53,12 @@ class Problem:
         parameters: the trainable weights by name.
         step: the update, bound to them.
         target_chunk_size: targets in one forward pass; None for all.
-        ignored: sources whose label the loss ignores: their gradient is zero.
 
     Attributes:
+        ignored: sources whose label the loss ignores: their gradient is zero.
+        first_source: the first that is not ignored.
+        independent: whether the labels or the loss show that the outputs are not one distribution.
+        notes: what the loss says that the user should know.
         idle: positions of the parameters without gradient.
         is_flat: whether the model's own outputs are (batch,).
         output_dtype: of the model's own outputs.
@@ -62,13 +74,14 @@ class Problem:
         parameters: dict[str, nn.Parameter],
         step: Step,
         target_chunk_size: int | None = None,
-        ignored: Bool[Tensor, " sources"] | None = None,
     ) -> None:
         self.subject, self.model, self.loss_fn, self.step = subject, subject.model, loss_fn, step
         self.inputs, self.labels, self.targets = inputs, labels, targets
         self.parameters = list(parameters.values())
-        self.ignored = torch.zeros(len(inputs), dtype=torch.bool) if ignored is None else ignored.cpu()
-        self.first_source = int((~self.ignored).int().argmax())
+        self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
+        self.first_source = 0
+        self.independent = False
+        self.notes: list[str] = []
         self.self_index = match_rows(inputs, targets)
         self.n_sources, self.n_targets = len(inputs), len(targets)
         self.has_strangers = bool((self.self_index < 0).any())
@@ -127,7 +140,7 @@ class Problem:
     def loss_at(self, values: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The loss of one sample with other tensors in the place of the weights, for the loss too."""
         with self.subject.standing_in(self.parameters, values):
-            return self._scaled(as_scalar(self.loss_fn(self.model(x.clone()), y.clone())))
+            return self._scaled(one_number(self.loss_fn(self.model(x.clone()), y.clone())))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.step.loss_scale == 1 else loss * self.step.loss_scale
@@ -164,7 +177,7 @@ class Problem:
 
         def work() -> tuple[Tensor, tuple[Tensor, Gradients] | None]:
             first = self.forward(self.rows(0))
-            check_labels(self.labels, first.shape[1], outputs, self.ignored)
+            self._read_labels(first.shape[1], outputs)
             return first, None if bool(self.ignored.all()) else self._gradient(self.first_source, examine=True)
 
         first, gradient = self.subject.find_draws(work)
@@ -174,6 +187,29 @@ class Problem:
             return self.forward(self.rows(0))
         self._first_gradient = gradient
         return first
+
+    def _read_labels(self, n_outputs: int, outputs: str) -> None:
+        """What the loss says of the labels: which it ignores, which are out of range, what its outputs stand for."""
+        with torch.no_grad():
+            output = self._call(self.inputs[:1])
+        check_output(output, 1)
+        calls = read_loss(self.loss_fn, output, self.labels[:1].clone())
+        ignored = ignored_labels(self.labels, calls)
+        if self.labels.dim() == 1 and not self.labels.is_floating_point():
+            outside = ((self.labels < 0) | (self.labels >= n_outputs)) & ~ignored
+            for label in self.labels[outside].unique():
+                same = self.labels == label
+                if ignores(self.loss_fn, output, self.labels[same][:1]):
+                    ignored |= same
+        counted = self.labels[~ignored]
+        if len(counted):
+            check_labels(counted, n_outputs, outputs)
+            self.independent = not one_distribution(counted, n_outputs, calls)
+        check_class_weights(calls, self.labels)
+        note = cancelling_class_weights(calls, self.labels)
+        self.notes += [] if note is None else [note]
+        self.ignored = ignored.cpu()
+        self.first_source = int((~self.ignored).int().argmax())
 
     def _noise(self) -> Float[Tensor, " targets"]:
         """Largest difference over two batch compositions, at least 4 ulp of the largest output."""
@@ -228,11 +264,11 @@ class Problem:
             if self._is_examined
             else _asked("loss_fn(outputs, labels)", self.loss_fn, output, y)
         )
-        return output, as_scalar(loss)
+        return output, one_number(loss)
 
     def check_loss(self, loss: Tensor, source: int) -> None:
         """Refuse a loss that is not finite."""
-        if not bool(torch.isfinite(loss)):
+        if not self.ignored[source] and not bool(torch.isfinite(loss)):
             raise InputError(
                 expected="a finite loss at every source",
                 got=f"loss {float(loss)} at source {source}",
@@ -334,18 +370,6 @@ def _refuse_hidden_graph(loss: Tensor) -> None:
                 do="call torch.utils.checkpoint.checkpoint with use_reentrant=False",
             )
         nodes += [following for following, _ in node.next_functions]
-
-
-def as_scalar(loss: Any) -> Tensor:
-    """The loss of one sample as a scalar; one number in any shape will do."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(
-            expected="one number from loss_fn for one sample",
-            got=got,
-            do="let it return a mean or a sum over the outputs, for example lambda o, y: loss(o, y).mean()",
-        )
-    return loss.reshape(())
 
 
 def match_rows(inputs: Tensor, targets: Tensor) -> Int[Tensor, " sources"]:

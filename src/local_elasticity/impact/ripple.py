@@ -18,6 +18,7 @@ from local_elasticity.impact import checks
 from local_elasticity.impact.problem import LossFunction, Problem
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, preserved
+from local_elasticity.impact.wrappers import inner_module
 from local_elasticity.updates import SGD
 
 START, FACTOR, MOST = 1e-6, 3.0, 1e4
@@ -81,6 +82,7 @@ def ripple(
         InputError: for anything that cannot be measured.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)

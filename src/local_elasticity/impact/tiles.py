@@ -25,6 +25,7 @@ from local_elasticity.impact.measurement import measure
 from local_elasticity.impact.problem import LossFunction, Problem, match_rows
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import preserved
+from local_elasticity.impact.wrappers import inner_module
 from local_elasticity.updates import SGD, Update
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def measure_tiles(
     """
     if engine not in ("linear", "replay"):
         raise InputError(expected="engine 'linear' or 'replay' for tiles", got=repr(engine), do="choose one")
+    model = inner_module(model)
     inputs, labels = checks.check_sources(sources)
     looked_at = inputs if targets is None else checks.check_targets(targets)
     settings = {"check_pairs": 0, **settings, "engine": engine, "update": update}
@@ -140,6 +142,7 @@ def gradient_gram(
     Raises:
         InputError: for bad input, or a store of another measurement.
     """
+    model = inner_module(model)
     checks.check_model(model)
     x, y = checks.check_sources(samples)
     n = len(x)
