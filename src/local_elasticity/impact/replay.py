@@ -124,8 +124,6 @@ def why_no_vmap(problem: Problem) -> str | None:
         return "the update runs a copy of the optimiser, or looks at all gradients at once"
     if any(p.is_complex() for p in problem.parameters):
         return "complex weights"
-    if bool(problem.ignored.any()):
-        return "labels that the loss ignores"
     reason = problem.subject.why_not_by_slots(problem.parameters)
     if reason is not None:
         return reason
@@ -242,8 +240,10 @@ def _vmap_chunk(problem: Problem, start: int, stop: int) -> tuple[Tensor, Tensor
     weights = [p.detach() for p in problem.parameters]
     step = problem.step
 
-    def one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def one(x: Tensor, y: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
         gradients, loss = torch.func.grad_and_value(problem.loss_at)(weights, x.unsqueeze(0), y.unsqueeze(0))
+        if bool(problem.ignored.any()):
+            gradients, loss = [torch.where(ignored, 0, g) for g in gradients], torch.where(ignored, 0, loss)
         stepped = [
             step.stepped(index, weight, gradient)
             for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True))
@@ -253,7 +253,9 @@ def _vmap_chunk(problem: Problem, start: int, stop: int) -> tuple[Tensor, Tensor
         return loss / step.loss_scale, torch.cat(parts)
 
     with torch.no_grad():
-        return torch.func.vmap(one, randomness="error")(problem.inputs[start:stop], problem.labels[start:stop])
+        some = slice(start, stop)
+        ignored = problem.ignored[some].to(problem.inputs.device)
+        return torch.func.vmap(one, randomness="error")(problem.inputs[some], problem.labels[some], ignored)
 
 
 def _check_against_linear(problem: Problem, result: Result, check_pairs: int) -> float:
