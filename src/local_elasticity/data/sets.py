@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from local_elasticity.data import bundled, cifar, idx, matlab
+from local_elasticity.data.archives import is_archive
 from local_elasticity.data.files import Entry, Folders
-from local_elasticity.data.folder import image_folder, is_archive
+from local_elasticity.data.folder import image_folder
 from local_elasticity.data.geomnist import entries as geomnist_entries
 from local_elasticity.data.geomnist import read as read_geomnist
 from local_elasticity.data.images import LabelledImages
