@@ -70,7 +70,10 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     Raises:
         InputError: for anything else.
     """
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        number = math.nan
     if not math.isfinite(number) or not low <= number <= high:
         bounds = f" in [{low:g}, {high:g}]" if math.isfinite(high) else f" >= {low:g}" if math.isfinite(low) else ""
         raise InputError(expected=f"{name}: a finite number{bounds}", got=in_words(value), do=f"correct {name}")

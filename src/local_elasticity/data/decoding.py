@@ -103,9 +103,7 @@ def _check(image: Any, file: str) -> None:
         )
     if image.mode not in (*GREY, *COLOUR):
         raise InputError(
-            expected="images in grey or in red, green, blue",
-            got=f"{file} with mode {image.mode}",
-            do="convert it first",
+            expected="images in grey or in colour", got=f"{file} with mode {image.mode}", do="convert it to RGB first"
         )
     if image.width * image.height > MOST_PIXELS:
         raise _refused(

@@ -17,9 +17,9 @@ import torch
 from local_elasticity.data.archives import is_archive, opened
 from local_elasticity.data.checks import check_flag, check_path, in_words, is_folder, printable
 from local_elasticity.data.decoding import Size, check_size, decode
-from local_elasticity.data.files import cache_folder, counting, damaged
+from local_elasticity.data.files import cache_folder, counting, damaged, unreadable
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.data.listing import canonical, inside, list_split, unreadable
+from local_elasticity.data.listing import canonical, inside, list_split
 from local_elasticity.errors import InputError
 
 CACHE_FROM = 1000

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from local_elasticity.data.archives import members, opened
-from local_elasticity.data.checks import in_short, printable
-from local_elasticity.data.files import check_split
+from local_elasticity.data.checks import printable
+from local_elasticity.data.files import check_split, unreadable
 from local_elasticity.errors import InputError
 
 SUFFIXES = {
@@ -419,21 +419,6 @@ def _refuse_unread(parts: Parts) -> None:
             got=printable("/".join(parts)),
             do="convert it to PNG or JPEG, or take it out",
         )
-
-
-def unreadable(place: str, what: str, error: OSError) -> InputError:
-    """Make the error for a file or folder that the operating system does not give.
-
-    Args:
-        place: its path.
-        what: it should be.
-        error: of the operating system.
-    """
-    return InputError(
-        expected=f"{what} that can be read",
-        got=f"{printable(place)} ({in_short(error)})",
-        do="check that it is there and its permissions",
-    )
 
 
 def _is_hidden(name: str) -> bool:
