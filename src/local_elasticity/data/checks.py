@@ -181,6 +181,6 @@ def in_short(error: BaseException) -> str:
         error: of another library or the operating system.
     """
     kind = type(error).__name__
-    message = (error.strerror or "") if isinstance(error, OSError) else str(error)
+    message = (error.strerror if isinstance(error, OSError) else "") or str(error)
     message = message.strip()
     return f"{kind}: {message}" if message and len(message) < 120 and "\n" not in message else kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from local_elasticity.data.checks import check_name, check_real, check_whole, in_words
+from local_elasticity.data.checks import check_name, check_whole, in_words
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError
@@ -40,7 +41,8 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
     Raises:
         InputError: for a rate outside of [0, 1], labels that are no classes, or one class only.
     """
-    check_real("a corruption rate, rate", rate, 0, 1)
+    if not (isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate <= 1):
+        raise InputError(expected="a corruption rate in [0, 1]", got=in_words(rate), do="pass a fraction")
     check_name("kind 'exact' or 'symmetric'", kind, ("exact", "symmetric"))
     check_whole("seed", seed, 0)
     if n_classes is not None:
