@@ -27,6 +27,8 @@ def in_words(value: object) -> str:
         text = printable(repr(value))
     except Exception:  # an object whose repr fails is still to be refused in our words
         text = f"an object of type {type(value).__name__}"
+    if " at 0x" in text:  # where an object lies says nothing to anyone
+        text = f"an object of type {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
