@@ -20,12 +20,35 @@ def check_model(model: nn.Module) -> None:
             do="unfreeze some with parameter.requires_grad_(True)",
         )
     for name, parameter in trainable:
+        _check_parameter(name, parameter)
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter.detach()).all()):
             raise InputError(
                 expected="finite weights",
                 got=f"NaN or infinity in {name!r}",
                 do="measure before training diverges, or lower the learning rate",
             )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    """Refuse what no step can be taken on."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise InputError(
+            expected="initialised weights",
+            got=f"the lazy parameter {name!r}, which has no shape yet",
+            do="run the model on one batch first",
+        )
+    if parameter._post_accumulate_grad_hooks:
+        raise InputError(
+            expected="gradients that go to the optimiser as they come",
+            got=f"a hook on the stored gradient of {name!r}, which acts outside of the measurement",
+            do="remove it (register_post_accumulate_grad_hook) while measuring, or use register_hook",
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise InputError(
+            expected="weights that each have memory of their own",
+            got=f"the expanded parameter {name!r}, to which no optimiser can write",
+            do="make it contiguous, for example nn.Parameter(weight.contiguous())",
+        )
 
 
 def check_sources(sources: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class Result:
 def first_order_change(problem: Problem, directions: list[Tensor], x: Tensor) -> Float[Tensor, "batch outputs"]:
     """The derivative of the outputs at ``x`` along a direction of the weights, by forward-mode differentiation."""
     weights = [p.detach() for p in problem.parameters]
+    problem.subject.rewind()
     with torch.no_grad(), transformable(problem.model):
         return torch.func.jvp(lambda values: problem.output_at(values, x), (weights,), (directions,))[1]
 
