@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import sys
 import warnings
@@ -11,7 +12,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from local_elasticity.base.checks import check_rate, check_real, check_text, in_words
+from local_elasticity.base.tensors import check_optimizer
 from local_elasticity.errors import InputError, nearest
 
 Parameters = Mapping[str, nn.Parameter]
@@ -109,38 +111,12 @@ class Update(ABC):
         """
 
 
-def _number(name: str, value: Any, example: str) -> float:
-    """A number given as int, float, NumPy scalar or tensor of one element."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if isinstance(value, Tensor):
-        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and not value.is_meta
-    try:
-        if is_number:
-            return float(value.detach()) if isinstance(value, Tensor) else float(value)
-    except OverflowError:
-        pass
-    got = (
-        f"{name}={value!r}" if isinstance(value, str | Real | type(None)) else f"{name} of type {type(value).__name__}"
-    )
-    raise InputError(expected=f"a number for {name}", got=got, do=f"pass for example {name}={example}")
-
-
-def _rate(name: str, value: Any, example: str) -> float:
-    rate = _number(name, value, example)
-    if not 0 <= rate < math.inf:
-        raise InputError(
-            expected=f"{name} >= 0 and finite", got=f"{name}={rate}", do=f"pass for example {name}={example}"
-        )
-    return rate
-
-
 def _betas(value: Any) -> tuple[float, float]:
-    do = "pass for example betas=(0.9, 0.999)"
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InputError(expected="two numbers for betas", got=f"betas={value!r}", do=do)
-    first, second = (_number("betas", beta, "(0.9, 0.999)") for beta in value)
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise InputError(expected="betas in [0, 1)", got=f"betas={value!r}", do=do)
+        raise InputError(
+            expected="two numbers for betas", got=f"betas={in_words(value)}", do="pass for example betas=(0.9, 0.999)"
+        )
+    first, second = (check_real(f"betas[{i}]", beta, 0.0, 1.0, below=True) for i, beta in enumerate(value))
     return first, second
 
 
@@ -165,8 +141,8 @@ class SGD(Update):
 
     def __post_init__(self) -> None:
         """Refuse rates that are no rates."""
-        object.__setattr__(self, "lr", _rate("lr", self.lr, "0.01"))
-        object.__setattr__(self, "weight_decay", _rate("weight_decay", self.weight_decay, "0.0005"))
+        object.__setattr__(self, "lr", check_rate("lr", self.lr))
+        object.__setattr__(self, "weight_decay", check_rate("weight_decay", self.weight_decay))
 
     @property
     def name(self) -> str:
@@ -226,10 +202,10 @@ class Adam(Update):
 
     def __post_init__(self) -> None:
         """Refuse rates that are no rates."""
-        object.__setattr__(self, "lr", _rate("lr", self.lr, "1e-4"))
+        object.__setattr__(self, "lr", check_rate("lr", self.lr))
         object.__setattr__(self, "betas", _betas(self.betas))
-        object.__setattr__(self, "eps", _rate("eps", self.eps, "1e-8"))
-        object.__setattr__(self, "weight_decay", _rate("weight_decay", self.weight_decay, "0.01"))
+        object.__setattr__(self, "eps", check_rate("eps", self.eps))
+        object.__setattr__(self, "weight_decay", check_rate("weight_decay", self.weight_decay))
 
     @property
     def name(self) -> str:
@@ -300,6 +276,7 @@ class _Live(Update):
         return "optimizer"
 
     def bind(self, parameters: Parameters, originals: Parameters | None = None) -> Step:
+        _check_optimizer(self.optimizer)
         originals = parameters if originals is None else originals
         owned = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in owned for p in originals.values()):
@@ -362,7 +339,7 @@ def from_optimizer(
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise InputError(
             expected="a torch.amp.GradScaler for scaler",
-            got=type(scaler).__name__,
+            got=in_words(scaler),
             do="pass the scaler of your loop, or None",
         )
     norm, value = _clip("clip_grad_norm", clip_grad_norm), _clip("clip_grad_value", clip_grad_value)
@@ -370,22 +347,12 @@ def from_optimizer(
 
 
 def _clip(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    limit = _number(name, value, "1.0")
-    if not limit >= 0:
-        raise InputError(expected=f"{name} >= 0", got=f"{name}={limit}", do=f"pass for example {name}=1.0, or None")
-    return limit
+    is_none = value is None or (isinstance(value, float) and value == math.inf)  # loops clip at inf to log the norm
+    return None if is_none else check_rate(name, value)
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        is_around_one = isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)
-        raise InputError(
-            expected="a torch.optim.Optimizer",
-            got=type(optimizer).__name__,
-            do="pass its .optimizer" if is_around_one else "pass the optimiser of your loop",
-        )
+    check_optimizer("optimizer", optimizer)
     kind = type(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError(
@@ -544,6 +511,8 @@ def _fast_rule(optimizer: torch.optim.Optimizer) -> type[_LiveRule] | None:
         torch.optim.AdamW: _LiveAdam,
     }
     rule = rules.get(type(optimizer))
+    if rule is None or inspect.unwrap(type(optimizer).step).__module__ != type(optimizer).__module__:
+        return None
     unusual = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
     for group in optimizer.param_groups:
         numbers = [group["lr"], group.get("weight_decay", 0), *group.get("betas", ())]
@@ -803,15 +772,15 @@ def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> t
     optimizers = list(_optimizers_in(optimizer, set()))
     for each in optimizers:
         memo[id(each)] = type(each).__new__(type(each))
-    buffers = {id(memo[key]) for key in list(memo) if isinstance(memo[key], nn.Parameter)}
+    if not _is_of_torch(optimizer):
+        _stand_in_for_others(optimizers, memo)
     for each in optimizers:
         _copy_groups(each.param_groups, memo)
     for each in optimizers:
         state = memo[id(each.state)] = defaultdict(dict)
         for key, value in each.state.items():
-            holder = memo.get(id(key)) if isinstance(key, Tensor) else key
-            if not isinstance(key, Tensor) or id(holder) in buffers:
-                state[holder] = copy.deepcopy(value, memo)
+            if not isinstance(key, Tensor) or id(key) in memo:
+                state[memo.get(id(key), key)] = copy.deepcopy(value, memo)
     for each in optimizers:
         others = {key: value for key, value in vars(each).items() if key not in ("step", "profile_hook_step")}
         hooks = {key: OrderedDict() for key in others if key.startswith("_optimizer_") and key.endswith("_hooks")}
@@ -820,8 +789,22 @@ def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> t
     return memo[id(optimizer)]
 
 
+def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _stand_in_for_others(optimizers: Sequence[torch.optim.Optimizer], memo: dict[int, Any]) -> None:
+    """Copies of parameters that are frozen or another model's: a user's class may keep lists as long as its groups.
+
+    Those of ``torch.optim`` do nothing to a parameter without gradient, which may therefore be left out.
+    """
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) not in memo):
+            memo[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
+
+
 def _copy_groups(groups: list[dict[str, Any]], memo: dict[int, Any]) -> None:
-    """Groups of those parameters alone that have a buffer; the others belong to another model, or are frozen."""
+    """Groups of those parameters alone that have a copy."""
     if id(groups) in memo:
         return
     for group in groups:
@@ -856,7 +839,7 @@ def _step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
     step = type(optimizer).step
     if getattr(step, "hooked", False):
         step = getattr(step, "__wrapped__", step)
-    if type(optimizer).__module__.startswith("torch.optim."):
+    if _is_of_torch(optimizer):
         step(optimizer)
         return
     with _NoDraws():
@@ -892,11 +875,7 @@ def parse_update(text: str, optimizer: torch.optim.Optimizer | None = None) -> t
         InputError: for an unknown kind (with the nearest name), or a rate that is no number.
     """
     if not isinstance(text, str):
-        raise InputError(
-            expected="an update in words (sgd:LR, adam:LR or optimizer)",
-            got=type(text).__name__,
-            do="write for example 'sgd:0.01'",
-        )
+        check_text("update", text)
     label, _, rule = text.rpartition("=")
     kind, _, rate = rule.partition(":")
     if kind == "optimizer" and not rate:
