@@ -438,6 +438,35 @@ def test_optimizers_that_no_probe_can_follow(kind, words):
     assert same(weights, state_of(model))
 
 
+def test_many_frozen_weights_are_not_copied():
+    for build_optimizer, is_refused in ((USERS["counting"], False), (USERS["lookahead of SGD"], True)):
+        model, x, y = make()
+        model.base = nn.Linear(100, 100).requires_grad_(False)
+        optimizer = build_optimizer(model)
+        if is_refused:
+            real_step(model, optimizer, x, y)
+            with pytest.raises(InputError, match="step on these gradients"):
+                probed(model, from_optimizer(optimizer), x[:1], y[:1])
+        else:
+            after = probed(model, from_optimizer(optimizer), x[:1], y[:1])
+            real_step(model, optimizer, x[:1], y[:1])
+            assert same(after, {name: p.data for name, p in trainable(model).items()})
+
+
+def test_weights_that_a_step_reaches_by_a_closure_are_put_back():
+    model, x, y = make()
+
+    class Reaching(optim.SGD):
+        def step(self, closure=None):
+            for p in trainable(model).values():
+                p.data.mul_(0.9)
+
+    weights = state_of(model)
+    with pytest.raises(InputError, match="in another way"):
+        probed(model, from_optimizer(Reaching(model.parameters(), lr=0.1)), x[:1], y[:1])
+    assert same(weights, state_of(model))
+
+
 def test_a_step_replaced_on_the_instance_is_refused():
     model, _, _ = make()
     optimizer = optim.SGD(model.parameters(), lr=0.1)

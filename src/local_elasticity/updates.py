@@ -717,6 +717,8 @@ class _Shadow(Step):
                 got=f"{type(self.optimizer).__name__}: {_first_line(error)}",
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
+        live = [] if _is_of_torch(self.optimizer) else [p.detach() for p in self.originals]
+        contents = [p.clone() for p in live]
         try:
             with torch.enable_grad():
                 _step_without_hooks(copied)
@@ -728,6 +730,8 @@ class _Shadow(Step):
                 got=f"{type(self.optimizer).__name__}: {_first_line(error)}",
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
+        finally:
+            _put_back(live, contents)
 
     def _memo(self) -> dict[int, Any]:
         """Stand-ins for ``copy.deepcopy``: a buffer for every weight, a copy for all that is kept of it."""
@@ -796,11 +800,16 @@ def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
 def _stand_in_for_others(optimizers: Sequence[torch.optim.Optimizer], memo: dict[int, Any]) -> None:
     """Copies of parameters that are frozen or another model's: a user's class may keep lists as long as its groups.
 
-    Those of ``torch.optim`` do nothing to a parameter without gradient, which may therefore be left out.
+    Those of ``torch.optim`` do nothing to a parameter without gradient, which may therefore be left out. Where the
+    others outweigh the trainable ones their contents are not copied: a step that asks for them fails, and is refused.
     """
-    for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) not in memo):
-            memo[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    others = {id(p): p for group in groups for p in group["params"] if id(p) not in memo}
+    room = sum(p.numel() for p in memo.values() if isinstance(p, nn.Parameter))
+    is_large = sum(p.numel() for p in others.values()) > room
+    for key, p in others.items():
+        content = p.detach()
+        memo[key] = nn.Parameter(content.to("meta") if is_large else content.clone(), p.requires_grad)
 
 
 def _copy_groups(groups: list[dict[str, Any]], memo: dict[int, Any]) -> None:
@@ -844,6 +853,23 @@ def _step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
         return
     with _NoDraws():
         step(optimizer)
+
+
+def _put_back(weights: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    """Undo what a step has done to weights that are not its own, and refuse it."""
+    moved = [(weight, content) for weight, content in zip(weights, contents, strict=True) if _differs(weight, content)]
+    for weight, content in moved:
+        weight.copy_(content)
+    if moved:
+        raise InputError(
+            expected="an optimiser that steps on the parameters of its groups",
+            got="one that writes to weights which it reaches in another way (a global, a closure)",
+            do="let its step go over self.param_groups, or use le.SGD(lr) or le.Adam(lr) as the probe update",
+        )
+
+
+def _differs(weight: Tensor, content: Tensor) -> bool:
+    return not torch.equal(weight, content) and not bool(((weight == content) | (weight != weight)).all())
 
 
 class _NoDraws(TorchDispatchMode):
