@@ -214,6 +214,134 @@ def test_own_definition():
         DEFINITIONS.pop("own", None)
 
 
+def slow_bernoulli(z_before, z_after):
+    total = 0.0
+    for a, b in zip(z_before, z_after, strict=True):
+        p, q = 1 / (1 + math.exp(-float(b))), 1 / (1 + math.exp(-float(a)))
+        total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    return total
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_bernoulli_kl_equals_slow_loops_for_logits_and_probabilities(k):
+    states = [x.double() for x in outputs(k=k)]
+    before, after, sb, sa = states
+    got = s_rel_of(*states, "bernoulli_kl", independent=True)
+    for i in range(4):
+        for j in range(5):
+            want = slow_bernoulli(before[j], after[i, j]) / (slow_bernoulli(sb[i], sa[i]) + 1e-8)
+            assert float(got[i, j]) == pytest.approx(want, rel=1e-9)
+    as_probabilities = s_rel_of(*[x.sigmoid() for x in states], "bernoulli_kl", "probabilities")
+    torch.testing.assert_close(as_probabilities, got, rtol=1e-9, atol=0)
+    own = s_rel_of(*self_outputs(k=k), "bernoulli_kl", eps=0.0).diagonal()
+    torch.testing.assert_close(own, torch.ones(4).double(), rtol=1e-12, atol=0)
+
+
+def test_bernoulli_kl_of_one_output_is_kl():
+    states = outputs(k=1)
+    torch.testing.assert_close(s_rel_of(*states, "bernoulli_kl"), s_rel_of(*states, "kl"), rtol=1e-12, atol=0)
+
+
+def test_bernoulli_kl_of_tiny_changes_of_large_logits():
+    before = torch.tensor([[30.0, -25.0, 0.5, 8.0]]).double().expand(3, 4)
+    change = 1e-6 * torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    own = change[range(3), range(3)]
+    p = before.sigmoid()
+    want = 0.5 * (p * (1 - p) * change.square()).sum(-1)
+    got = s_rel_of(before, before + change, before, before + own, "bernoulli_kl", eps=0.0)
+    torch.testing.assert_close(got, want / want.diagonal()[:, None], rtol=1e-5, atol=0)
+
+
+def test_bernoulli_kl_at_zero_and_one():
+    sure = torch.tensor([[0.0, 1.0]])
+    moved = torch.tensor([[0.0, 1.0], [0.1, 1.0]])
+    source = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    states = (sure, moved[:, None], source, source + 0.1)
+    got = s_rel_of(*states, "bernoulli_kl", "probabilities", eps=0.0)
+    assert float(got[0]) == 0.0
+    assert got[1].isnan()  # an infinite movement
+    with pytest.raises(InputError, match="between 0 and 1"):
+        s_rel_of(sure, moved[:, None], source, source + 0.6, "bernoulli_kl", "probabilities")
+    with pytest.raises(InputError, match="values"):
+        s_rel_of(*states, "bernoulli_kl", "values")
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_reverse", "l1", "l2", "kl_published", "suhe_published"])
+def test_independent_outputs_are_refused_by_name(name):
+    states = outputs()
+    for refused in (
+        lambda: s_rel_of(*states, name, independent=True),
+        lambda: s_rel_of(*states, name, independent=True, limit=True),
+    ):
+        with pytest.raises(InputError, match=f"'{name}'.*bernoulli_kl"):
+            refused()
+    assert s_rel_of(*states, "bernoulli_kl", independent=True).isfinite().all()
+    assert s_rel_of(*states, "he_su", independent=True).isfinite().all()
+
+
+def test_an_impact_that_says_it_is_independent_is_refused():
+    before, after, sb, sa = outputs()
+    parts = {"before": before, "after": after, "source_before": sb, "source_after": sa, "outputs": "logits"}
+    impact = SimpleNamespace(**parts, change=after - before, source_change=sa - sb, independent=True)
+    for moved in (impact, similarity.at_limit(impact), similarity.at_limit(impact, together=True)):
+        with pytest.raises(InputError, match="one distribution"):
+            s_rel(moved, "kl")
+        assert s_rel(moved, "bernoulli_kl", eps=0.0).isfinite().all()
+
+
+STATES = outputs()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: s_rel(torch.zeros(3)), "an impact"),
+        (lambda: movements(None), "an impact"),
+        (lambda: similarity.at_limit(STATES), "an impact"),
+        (lambda: s_rel_of(*STATES, ["kl"]), "name of a definition"),
+        (lambda: s_rel_of(*STATES, None), "name of a definition"),
+        (lambda: s_rel_of(*STATES, eps="small"), "eps"),
+        (lambda: s_rel_of(*STATES, eps=True), "eps"),
+        (lambda: s_rel_of(*STATES, eps=math.nan), "eps"),
+        (lambda: s_rel_of(*STATES, eps=-1.0, limit=True), "eps"),
+        (lambda: s_rel_of(*STATES, outputs=STATES[0]), "outputs in"),
+        (lambda: s_rel_of(*STATES, outputs="logit"), "did you mean 'logits'"),
+        (lambda: s_rel_of("abc", *STATES[1:]), "numbers for before"),
+        (lambda: s_rel_of(STATES[0], None, *STATES[2:]), "numbers for after"),
+        (lambda: s_rel_of(*STATES[:2], [[1, 2], [3]], STATES[3]), "numbers for source_before"),
+        (lambda: s_rel_of(*STATES[:3], STATES[3] + 1j), "real numbers for source_after"),
+        (lambda: s_rel_of(*(x[..., :0] for x in STATES)), "at least one"),
+        (lambda: define(str), r"@define"),
+        (lambda: define(""), "a name"),
+        (lambda: define("new", on=["change"]), "on in"),
+        (lambda: define("new", words=3), "words"),
+        (lambda: define("new", denominator=3), "denominator"),
+        (lambda: define("new")(3), "movement"),
+        (lambda: define("new", eps=None), "eps"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_our_words(call, words):
+    with pytest.raises(InputError, match=words) as refusal:
+        call()
+    assert all((refusal.value.expected, refusal.value.got, refusal.value.do))
+    assert "new" not in DEFINITIONS
+
+
+@pytest.mark.parametrize(
+    ("movement", "words"),
+    [
+        (lambda before, after: before[7], "IndexError"),
+        (lambda change: change, "TypeError"),
+        (lambda before, after: 3.0, "float"),
+        (lambda before, after: (after - before).norm(dim=-1) * 1j, "complex"),
+    ],
+)
+def test_a_movement_that_fails_is_refused_by_its_name(movement, words):
+    own = similarity.Definition("own", "outputs", movement, movement, 0.0, "own")
+    with pytest.raises(InputError, match=f"(?s)'own'.*{words}"):
+        s_rel_of(*STATES, own)
+
+
 def test_bad_input_is_refused():
     states = outputs()
     with pytest.raises(InputError, match="did you mean 'he_su'"):

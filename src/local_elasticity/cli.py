@@ -26,6 +26,7 @@ app = App(
 console = Console(highlight=False, soft_wrap=True)
 
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+Sizes = Annotated[list[int] | None, Parameter(consume_multiple=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,6 +53,7 @@ def track(
     *,
     data: str = "digits",
     classes: Words = None,
+    size: Sizes = None,
     network: str = "mlp",
     optimizer: str = "adam",
     lr: float = 1e-3,
@@ -84,6 +86,7 @@ def track(
         data: digits, cifar10, cifar100, svhn, mnist, fashion-mnist, geomnist, geomnist-varied, or a folder of class
             folders of images.
         classes: which classes, by name or label; all of them by default.
+        size: bring the images of a folder to this size: pixels, or height and width.
         network: mlp, simple-conv, resnet18-plain, resnet18-batchnorm, resnet18-groupnorm, or module:function.
         optimizer: adam, adamw or sgd.
         lr: learning rate of training.
@@ -117,6 +120,7 @@ def track(
     configuration: dict[str, Any] = {
         "data": data,
         "classes": classes or "all",
+        **_size(size),
         "network": network,
         "optimizer": optimizer,
         "lr": lr,
@@ -138,7 +142,7 @@ def track(
     for name in configuration["definitions"]:
         le.similarity.get_definition(name)
     where = usable_device(device)
-    train, test, test_words = _images(data, classes, per_class, seed)
+    train, test, test_words = _images(data, classes, per_class, seed, _size(size))
     configuration["data_origin"], configuration["test_data"] = train.origin, test_words
     if batch_size is None:
         batch_size = configuration["batch_size"] = 8 if len(train) < 1000 else 32
@@ -248,15 +252,30 @@ def _finish(run: Any, out: Path) -> int:
     return 0
 
 
-def _images(data: str, classes: list[str] | None, per_class: int | None, seed: int) -> tuple[Any, Any, str]:
+def _size(size: list[int] | None) -> dict[str, Any]:
+    """The size of images as an option of `load`; none where it was not given."""
+    if not size:
+        return {}
+    if len(size) > 2:
+        given = " ".join(map(str, size))
+        raise InputError(expected="--size: pixels, or height and width", got=given, do="give one or two numbers")
+    return {"size": size[0] if len(size) == 1 else tuple(size)}
+
+
+def _images(
+    data: str, classes: list[str] | None, per_class: int | None, seed: int, options: dict[str, Any]
+) -> tuple[Any, Any, str]:
     """Training and test images of the chosen classes, and what the test images are."""
     import local_elasticity as le
+    from local_elasticity.data.sets import other_split
 
-    train = le.data.load(data, "train")
-    options: dict[str, Any] = {"source": train.source} if train.source and data.lower().startswith("cifar") else {}
+    train = le.data.load(data, "train", **options)
+    split, of_the_same = other_split(train, data)
     try:
-        test = le.data.load(data, "test", **options)
+        test = None if split is None else le.data.load(data, split, **options, **of_the_same)
     except InputError:
+        if train.source == "folder":  # its split is there, and damaged
+            raise
         test = None
     if classes:
         train = train.subset(classes)
@@ -288,9 +307,10 @@ def measure(
     data: str = "digits",
     classes: Words = None,
     network: str = "mlp",
+    size: Sizes = None,
     checkpoint: Path | None = None,
     per_class: int = 20,
-    split: Literal["train", "test"] = "train",
+    split: Literal["train", "test", "val"] = "train",
     update: str = "sgd:0.01",
     definition: Words = None,
     engine: Literal["auto", "replay", "linear"] = "auto",
@@ -308,6 +328,7 @@ def measure(
         data: as in track.
         classes: as in track.
         network: as in track.
+        size: as in track.
         checkpoint: weights, as safetensors or a torch file that holds nothing but tensors; fresh weights without.
         per_class: samples a class.
         split: which images.
@@ -330,7 +351,7 @@ def measure(
         get_definition(name)
     rule = parse_update(update)[1]
     where = usable_device(device)
-    images = le.data.load(data, split)
+    images = le.data.load(data, split, **_size(size))
     images = images.subset(classes) if classes else images
     samples = le.data.probes(images, per_class=per_class, seed=seed)
     torch.manual_seed(seed)
@@ -455,6 +476,7 @@ def train(
     *,
     data: str = "geomnist",
     classes: Words = None,
+    size: Sizes = None,
     network: str = "simple-conv",
     replicas: int = 100,
     steps: int = 10_000,
@@ -484,6 +506,7 @@ def train(
     Args:
         data: geomnist, geomnist-varied, or as in track.
         classes: which classes, by name or label; all of them by default.
+        size: as in track.
         network: simple-conv, mlp or another as in track; every replica has its own initial weights.
         replicas: how many.
         steps: updates of each.
@@ -514,6 +537,7 @@ def train(
     configuration: dict[str, Any] = {
         "data": data,
         "classes": classes or "all",
+        **_size(size),
         "network": network,
         "corruption": corruption,
         "samples_per_class": per_class or "all",
@@ -522,7 +546,7 @@ def train(
         "seed": seed,
     }
     where = usable_device(device)
-    samples = le.data.load_split(data, classes, per_class, seed)
+    samples = le.data.load_split(data, classes, per_class, seed, **_size(size))
     x, y = samples.train
     y = le.data.corrupt_labels(y, corruption, n_classes=samples.n_classes, seed=seed)
     configuration |= {"data_origin": samples.origin, "class_names": list(samples.class_names)}
@@ -713,18 +737,19 @@ def estimate(
 
 
 @app.command(name="data")
-def data_command(name: str | None = None) -> int:
+def data_command(name: str | None = None, *, size: Sizes = None) -> int:
     """List the data sets: where each was found, or what would be downloaded; with a name, read it and count.
 
     Example: local-elasticity data cifar10
 
     Args:
-        name: a data set to read (and to download where it is not at hand).
+        name: a data set to read (and to download where it is not at hand), or a folder of class folders of images.
+        size: as in track.
     """
     import local_elasticity as le
 
     if name is not None:
-        images = le.data.load(name)
+        images = le.data.load(name, **_size(size))
         console.print(f"{images.name}: {images.origin}; {len(images)} training images of shape {images.shape}")
         for label, count in zip(images.class_names, images.counts.tolist(), strict=True):
             console.print(f"  {label}: {count}", markup=False)

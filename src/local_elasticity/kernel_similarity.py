@@ -21,7 +21,7 @@ from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.kernel import kernel, kernel_diagonal
 from local_elasticity.impact.ripple import Ripple, ripple
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
 
 Outputs = Literal["values", "logits", "probabilities"]
 Loss = Literal["mse", "bce"]
@@ -288,8 +288,8 @@ class _Flat(nn.Module):
 
 
 def _logits(model: nn.Module, x: Tensor, mode: Mode) -> Float[Tensor, " n"]:
-    with preserved(model, mode), torch.no_grad():
-        logits = check_output(model(x), len(x))
+    with preserved(model, mode) as subject, torch.no_grad():
+        logits = check_output(subject.find_draws(lambda: subject.call(x)), len(x))
     if logits.shape[1] != 1:
         raise InputError(
             expected="a model with one logit for outputs='logits'",

@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from local_elasticity.errors import InputError, nearest
 
-On = Literal["outputs", "change", "probabilities", "log_probabilities"]
+On = Literal["outputs", "change", "probabilities", "log_probabilities", "bernoulli_log_probabilities"]
 Outputs = Literal["logits", "probabilities", "values"]
 Movement = Callable[..., Tensor]
 
@@ -37,7 +38,10 @@ _ROW_SUM_TOLERANCE = 1e-3
 
 
 class ImpactLike(Protocol):
-    """What ``s_rel`` reads of an impact: outputs before and after, at the targets and at the sources themselves."""
+    """What ``s_rel`` reads of an impact: outputs before and after, at the targets and at the sources themselves.
+
+    One that says ``independent = True`` holds outputs that are not one distribution (several labels a sample).
+    """
 
     @property
     def before(self) -> Float[Tensor, "t k"]: ...  # noqa: D102
@@ -65,6 +69,7 @@ class _Outputs(NamedTuple):
     change: Tensor
     source_change: Tensor
     outputs: str
+    independent: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ class Definition:
 
     Attributes:
         name: the name it is asked for by.
-        on: what its functions are given: raw ``"outputs"``, their ``"change"`` alone, ``"probabilities"`` or
-            ``"log_probabilities"``.
+        on: what its functions are given: raw ``"outputs"``, their ``"change"`` alone, ``"probabilities"``,
+            ``"log_probabilities"``, or ``"bernoulli_log_probabilities"``, (..., K, 2): those of "no" and "yes" of each
+            output by itself.
         numerator: how far a target moved.
         denominator: how far the source moved.
         eps: added to the denominator.
@@ -106,21 +112,35 @@ def define(
     Args:
         name: the name; a built-in one is refused, an own one is replaced.
         on: what the function is given, with the outputs along the last dimension: ``movement(before, after)`` of raw
-            ``"outputs"``, ``"probabilities"`` or ``"log_probabilities"``, or ``movement(change)`` for ``"change"``.
+            ``"outputs"``, ``"probabilities"`` or ``"log_probabilities"``, ``movement(change)`` for ``"change"``, or
+            ``movement(before, after)`` of ``"bernoulli_log_probabilities"``: (..., K, 2), the logarithms of the
+            probabilities of "no" and "yes" of each output by itself.
         eps: added to the denominator.
         words: one line that says what is compared.
         denominator: how far the source moved, if it is not measured as at the target.
 
     Returns:
         A decorator that registers the function and hands it back unchanged.
+
+    Raises:
+        InputError: for a built-in name, and for what is no name, no number, no function.
     """
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            expected="a name for the definition", got=_shown(name), do='write @define("name", on="probabilities")'
+        )
     if on not in get_args(On):
-        raise InputError(expected=f"on in {get_args(On)}", got=repr(on), do="choose one of them")
+        raise InputError(expected=f"on in {get_args(On)}", got=_shown(on), do=nearest(str(on), get_args(On)))
     if name in _BUILT_IN:
         raise InputError(expected="a new name", got=f"the built-in definition {name!r}", do="choose another name")
+    if not isinstance(words, str):
+        raise InputError(expected="words that say what is compared", got=_shown(words), do="pass a string")
+    if denominator is not None:
+        _check_function("denominator", denominator)
     eps = _checked_eps(eps)
 
     def register(movement: Movement) -> Movement:
+        _check_function("movement", movement)
         DEFINITIONS[name] = Definition(name, on, movement, denominator or movement, eps, words or name)
         return movement
 
@@ -143,10 +163,10 @@ def get_definition(name: str | Definition) -> Definition:
     """
     if isinstance(name, Definition):
         return name
-    if name not in DEFINITIONS:
+    if not isinstance(name, str) or name not in DEFINITIONS:
         raise InputError(
             expected="the name of a definition of S_rel",
-            got=repr(name),
+            got=_shown(name),
             do=nearest(str(name), DEFINITIONS) + "; or register it with similarity.define",
         )
     return DEFINITIONS[name]
@@ -162,6 +182,9 @@ def s_rel(impact: ImpactLike, definition: str | Definition = "kl", eps: float | 
 
     Returns:
         Float64; NaN where the ratio is undefined (a denominator of 0, an infinite movement), never clipped.
+
+    Raises:
+        InputError: for an unknown definition, and for outputs that it is not defined for.
     """
     numerators, denominators = movements(impact, definition, eps)
     usable = (denominators != 0) & denominators.isfinite()
@@ -178,6 +201,7 @@ def s_rel_of(
     outputs: Outputs = "logits",
     eps: float | None = None,
     limit: bool = False,
+    independent: bool = False,
 ) -> Float[Tensor, "s t"]:
     """``s_rel`` from plain tensors or arrays, for outputs that were stored or measured elsewhere.
 
@@ -190,18 +214,31 @@ def s_rel_of(
         outputs: what the numbers are: ``"logits"``, ``"probabilities"`` or ``"values"``.
         eps: added to the denominator; the definition's own unless given.
         limit: the changes are first-order ones: take the definition's small-step limit (see ``at_limit``).
+        independent: the outputs are not one distribution, as in multi-label classification.
+
+    Returns:
+        As ``s_rel``.
+
+    Raises:
+        InputError: for an unknown definition, for outputs that it is not defined for, and for wrong shapes.
     """
-    found = outputs_of(before, after, source_before, source_after, outputs)
-    return s_rel(at_limit(found), definition, eps or 0.0) if limit else s_rel(found, definition, eps)
+    moved = outputs_of(before, after, source_before, source_after, outputs, independent)
+    return s_rel(at_limit(moved), definition, 0.0 if eps is None else eps) if limit else s_rel(moved, definition, eps)
 
 
 def outputs_of(
-    before: Any, after: Any, source_before: Any, source_after: Any, outputs: Outputs = "logits"
+    before: Any,
+    after: Any,
+    source_before: Any,
+    source_after: Any,
+    outputs: Outputs = "logits",
+    independent: bool = False,
 ) -> ImpactLike:
     """An impact made of plain tensors or arrays, shaped as in ``s_rel_of``."""
-    b, a, sb, sa = (_float64(x) for x in (before, after, source_before, source_after))
+    given = {"before": before, "after": after, "source_before": source_before, "source_after": source_after}
+    b, a, sb, sa = (_float64(x, name) for name, x in given.items())
     _check_shapes(b, a, sb, sa)
-    return _Outputs(b, a, sb, sa, a - b, sa - sb, outputs)
+    return _Outputs(b, a, sb, sa, a - b, sa - sb, outputs, bool(independent))
 
 
 def at_limit(impact: ImpactLike, together: bool = False) -> ImpactLike:
@@ -215,13 +252,19 @@ def at_limit(impact: ImpactLike, together: bool = False) -> ImpactLike:
         together: one scale for all sources, so that their movements stay comparable (for ratios of means); sources
             that move much less than the largest then lose digits.
     """
+    _check_impact(impact)
     change, own = _float64(impact.change), _float64(impact.source_change)
     largest = torch.maximum(change.abs().amax((1, 2)), own.abs().amax(1))
     largest = largest.amax().expand_as(largest) if together else largest
     scale = torch.where(largest > 0, LIMIT_SIZE / largest, 0.0)
     change, own = change * scale[:, None, None], own * scale[:, None]
     before, source_before = _float64(impact.before), _float64(impact.source_before)
-    return _Outputs(before, before + change, source_before, source_before + own, change, own, impact.outputs)
+    return _Outputs(before, before + change, source_before, source_before + own, change, own, *_kind(impact))
+
+
+def _kind(impact: ImpactLike) -> tuple[str, bool]:
+    """What the numbers of an impact are, and whether they are independent of each other."""
+    return impact.outputs, bool(getattr(impact, "independent", False))
 
 
 def movements(
@@ -236,11 +279,14 @@ def movements(
 
     Returns:
         How far every target moved (n_s, n_t), and how far every source moved, ``eps`` included (n_s,).
+
+    Raises:
+        InputError: for an unknown definition, and for outputs that it is not defined for.
     """
+    _check_impact(impact)
     rule = get_definition(definition)
     eps = rule.eps if eps is None else _checked_eps(eps)
-    _check_shapes(impact.before, impact.after, impact.source_before, impact.source_after)
-    _check_outputs(impact.outputs, rule)
+    _check_outputs(*_kind(impact), rule)
     before, after, change = impact.before, impact.after, impact.change
     n_s, n_t, k = after.shape
     source = (impact.source_before, impact.source_after, impact.source_change)
@@ -260,19 +306,36 @@ def _moved(
     """Apply a movement to (before, after, change), translated to what the definition works on."""
     before, after, change = (_float64(x) for x in states)
     if rule.on == "change":
-        moved = movement(change)
+        given = (change,)
     elif rule.on == "outputs":
-        moved = movement(before.expand_as(after), after)
+        given = (before.expand_as(after), after)
+    elif rule.on == "bernoulli_log_probabilities":
+        given = _bernoulli(before, after, change, outputs)
     else:
-        logs = rule.on == "log_probabilities"
-        moved = movement(*_probabilities(before, after, change, outputs, logs))
-    if moved.shape != after.shape[:-1]:
+        given = _probabilities(before, after, change, outputs, rule.on == "log_probabilities")
+    moved = _called(rule, movement, given)
+    if not isinstance(moved, Tensor) or moved.shape != after.shape[:-1] or moved.is_complex():
         raise InputError(
-            expected=f"a movement of shape {tuple(after.shape[:-1])} from definition {rule.name!r}",
-            got=f"shape {tuple(moved.shape)}",
-            do="reduce over the last dimension only",
+            expected=f"a real movement of shape {tuple(after.shape[:-1])} from definition {rule.name!r}",
+            got=f"shape {tuple(moved.shape)}, {moved.dtype}" if isinstance(moved, Tensor) else type(moved).__name__,
+            do="reduce over the outputs only, which are the last dimension, and return the tensor",
         )
     return moved.to(torch.float64)
+
+
+def _called(rule: Definition, movement: Movement, given: tuple[Tensor, ...]) -> Any:
+    """A movement of the user's own may raise anything; one of ours does not."""
+    try:
+        return movement(*given)
+    except InputError:
+        raise
+    except Exception as error:
+        shapes = " and ".join(str(tuple(x.shape)) for x in given)
+        raise InputError(
+            expected=f"a definition {rule.name!r} that can be evaluated on {rule.on} of shape {shapes}",
+            got=f"{type(error).__name__}: {error}",
+            do="register a function of these arguments that reduces the last dimension",
+        ) from error
 
 
 def _probabilities(before: Tensor, after: Tensor, change: Tensor, outputs: str, logs: bool) -> tuple[Tensor, Tensor]:
@@ -288,6 +351,18 @@ def _probabilities(before: Tensor, after: Tensor, change: Tensor, outputs: str, 
         _check_probabilities(after, "after")
         first, second = _two_class(before), _two_class((before + change).clamp_min(0.0))
         first, second = (first.log(), second.log()) if logs else (first, second)
+    return first.expand_as(second), second
+
+
+def _bernoulli(before: Tensor, after: Tensor, change: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (..., K, 2) of "no" and "yes" of each output by itself, before and after."""
+    if outputs == "logits":
+        first, second = (torch.stack((F.logsigmoid(-z), F.logsigmoid(z)), -1) for z in (before, before + change))
+    else:
+        _check_each_probability(before, "before")
+        _check_each_probability(after, "after")
+        pair = (before.clamp_max(1.0), (before + change).clamp(0.0, 1.0))
+        first, second = (torch.stack((torch.log1p(-p), p.log()), -1) for p in pair)
     return first.expand_as(second), second
 
 
@@ -316,16 +391,57 @@ def _pseudo_kl(p: Tensor, q: Tensor) -> Tensor:
     return (torch.xlogy(p, p) - p * q).mean(-1)
 
 
-def _float64(x: Any) -> Tensor:
+def _float64(x: Any, name: str = "outputs") -> Tensor:
     """A detached float64 tensor, on its own device where that knows float64."""
-    x = torch.as_tensor(x).detach()
+    x = _real_tensor(x, name)
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
+def _real_tensor(x: Any, name: str) -> Tensor:
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            expected=f"numbers for {name}, in a tensor or an array",
+            got=_shown(x),
+            do="pass what the network emitted, samples first",
+        ) from None
+    if x.is_complex():
+        raise InputError(
+            expected=f"real numbers for {name}", got=str(x.dtype), do="look at their real parts or their moduli"
+        )
+    return x
+
+
+def _shown(x: object) -> str:
+    """A short value as it is written, and the type of anything longer."""
+    text = repr(x) if isinstance(x, (str, int, float, type(None), list, tuple)) else type(x).__name__
+    return text if len(text) <= 80 else f"{type(x).__name__} {text[:60]}…"
+
+
+def _check_function(name: str, value: object) -> None:
+    if not callable(value):
+        raise InputError(
+            expected=f"a function as {name}", got=_shown(value), do="pass a function that reduces the last dimension"
+        )
+
+
 def _checked_eps(eps: float) -> float:
-    if not (math.isfinite(eps) and eps >= 0):
-        raise InputError(expected="eps of at least 0", got=repr(eps), do="give 0 or a small positive number")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not (math.isfinite(eps) and eps >= 0):
+        raise InputError(expected="eps of at least 0", got=_shown(eps), do="give 0 or a small positive number")
     return float(eps)
+
+
+def _check_impact(impact: ImpactLike) -> None:
+    missing = [name for name in _Outputs._fields[:-1] if not hasattr(impact, name)]
+    if missing:
+        raise InputError(
+            expected="an impact, as le.measure returns it",
+            got=f"{type(impact).__name__} without {', '.join(missing)}",
+            do="pass that impact, or the outputs themselves to similarity.s_rel_of",
+        )
+    states = (impact.before, impact.after, impact.source_before, impact.source_after)
+    _check_shapes(*(_real_tensor(x, name) for name, x in zip(_Outputs._fields, states, strict=False)))
 
 
 def _check_shapes(before: Tensor, after: Tensor, source_before: Tensor, source_after: Tensor) -> None:
@@ -337,11 +453,30 @@ def _check_shapes(before: Tensor, after: Tensor, source_before: Tensor, source_a
             got=", ".join(map(str, shapes)),
             do="keep the outputs along the last dimension, as K = 1 for scalar outputs",
         )
+    if 0 in shapes[1]:
+        raise InputError(
+            expected="at least one source, one target and one output", got=str(shapes[1]), do="pass samples first"
+        )
+    devices = {str(x.device) for x in (before, after, source_before, source_after)}
+    if len(devices) > 1:
+        raise InputError(
+            expected="outputs on one device", got=", ".join(sorted(devices)), do="move them to one with .to(device)"
+        )
 
 
-def _check_outputs(outputs: str, rule: Definition) -> None:
-    if outputs not in get_args(Outputs):
-        raise InputError(expected=f"outputs in {get_args(Outputs)}", got=repr(outputs), do="choose one of them")
+def _check_outputs(outputs: str, independent: bool, rule: Definition) -> None:
+    if not isinstance(outputs, str) or outputs not in get_args(Outputs):
+        raise InputError(
+            expected=f"outputs in {get_args(Outputs)}",
+            got=_shown(outputs),
+            do=nearest(str(outputs), get_args(Outputs)),
+        )
+    if independent and rule.on in ("probabilities", "log_probabilities"):
+        raise InputError(
+            expected=f"outputs that are one distribution, for the definition {rule.name!r}",
+            got="independent ones, as labels and loss have it (several labels a sample)",
+            do='use definition="bernoulli_kl", which takes each output by itself, or "he_su" for the raw outputs',
+        )
     if outputs == "values" and "probabilities" in rule.on:
         raise InputError(
             expected=f"logits or probabilities for the definition {rule.name!r}",
@@ -358,6 +493,15 @@ def _check_probabilities(p: Tensor, when: str) -> None:
             expected='outputs="probabilities" of at least 0 that sum to 1 (a single one at most 1)',
             got=f"outputs {when} the update with minimum {p.min().item():.6g} and row sums "
             f"from {p.sum(-1).min().item():.6g} to {p.sum(-1).max().item():.6g}",
+            do='say outputs="logits" if that is what the model emits, or let it emit logits and measure those',
+        )
+
+
+def _check_each_probability(p: Tensor, when: str) -> None:
+    if bool((p < 0).any()) or bool((p > 1 + _ROW_SUM_TOLERANCE).any()):
+        raise InputError(
+            expected='outputs="probabilities" between 0 and 1',
+            got=f"outputs {when} the update from {p.min().item():.6g} to {p.max().item():.6g}",
             do='say outputs="logits" if that is what the model emits, or let it emit logits and measure those',
         )
 
@@ -389,6 +533,16 @@ def _kl_after_before(before: Tensor, after: Tensor) -> Tensor:
 @define("kl_reverse", on="log_probabilities", eps=1e-8, words="KL(before || after)")
 def _kl_before_after(before: Tensor, after: Tensor) -> Tensor:
     return _kl(before, after)
+
+
+@define(
+    "bernoulli_kl",
+    on="bernoulli_log_probabilities",
+    eps=1e-8,
+    words="KL(after || before) of each output by itself, summed",
+)
+def _bernoulli_kl(before: Tensor, after: Tensor) -> Tensor:
+    return _kl(after, before).sum(-1)
 
 
 def _root_mean_square(before: Tensor, after: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ class Step(ABC):
     Attributes:
         weights: the weights before the step, one tensor a trainable parameter; never written.
         elementwise: whether ``stepped`` and ``direction`` are pure functions that ``torch.func.vmap`` can batch.
+        loss_scale: what the loss is multiplied with before its gradient is taken; the step divides by it.
     """
 
     elementwise = True
+    loss_scale = 1.0
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = [weight.detach() for weight in weights]

@@ -189,21 +189,36 @@ def test_wrong_folders(tmp_path):
         image_folder(whole)
 
 
-def test_an_archive_writes_nothing_outside(tmp_path):
-    path = tmp_path / "evil.tar"
-    buffer = io.BytesIO()
-    Image.fromarray(colour()).save(buffer, "png")
+def pack(path, *members):
+    """Write an archive of (name, what): bytes, or (type, link)."""
     with tarfile.open(path, "w") as archive:
-        for name in ("../../outside/a.png", "/outside/b.png"):
+        for name, what in members:
             member = tarfile.TarInfo(name)
-            member.size = len(buffer.getvalue())
-            archive.addfile(member, io.BytesIO(buffer.getvalue()))
-        link = tarfile.TarInfo("cat/link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+            if isinstance(what, bytes):
+                member.size = len(what)
+                archive.addfile(member, io.BytesIO(what))
+            else:
+                member.type, member.linkname = what
+                archive.addfile(member)
+    return path
+
+
+def png(pixels=None):
+    buffer = io.BytesIO()
+    Image.fromarray(colour() if pixels is None else pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_an_archive_writes_nothing_outside(tmp_path):
+    climbing = pack(tmp_path / "evil.tar", ("cat/a.png", png()), ("../../outside/a.png", png()))
+    leading_out = pack(tmp_path / "link.tar", ("cat/a.png", png()), ("cat/link.png", (tarfile.SYMTYPE, "/etc/passwd")))
+    rooted = pack(tmp_path / "root.tar", ("/outside/b.png", png()))
     before = set(tmp_path.rglob("*"))
-    images = image_folder(path)
-    assert (images.class_names, len(images)) == (("outside",), 1)  # links and climbing paths are passed over
+    with pytest.raises(InputError, match=r"inside of their archive; got \.\./\.\./outside/a\.png"):
+        image_folder(climbing)
+    with pytest.raises(InputError, match=r"got cat/link\.png, a link to what is not in it; pack it again"):
+        image_folder(leading_out)
+    assert image_folder(rooted).class_names == ("outside",)
     assert set(tmp_path.rglob("*")) == before
 
 

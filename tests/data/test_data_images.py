@@ -151,7 +151,7 @@ def test_augmentation_flips_always_or_never():
     assert torch.equal(AugmentOnce(0, padding=0, flip=1)(images), images.flip(3))
     assert torch.equal(AugmentOnce(0, padding=0, flip=0)(images), images)
     for wrong in ({"padding": -1}, {"flip": 1.5}):
-        with pytest.raises(InputError, match="padding"):
+        with pytest.raises(InputError, match=next(iter(wrong))):
             AugmentOnce(0, **wrong)
 
 

@@ -29,10 +29,19 @@ for name, engine, targets, n in (("replay", "replay", None, 7), ("linear", "line
     found[name]["notes"] = impact.plan.notes
 if rank == 0:
     torch.save(found, out / "found.pt")
+
+
+def refused(name, **changed):
+    call = {"loss_fn": loss_fn, "sources": (x, y), "update": le.SGD(lr=0.1)} | changed
+    try:
+        le.measure_across_ranks(model, **call)
+    except le.InputError as error:
+        (out / f"{name}-{rank}").write_text(str(error))
+
+
+refused("dealt", sources=(x + rank, y))  # as a sampler that deals samples out to the ranks would
+refused("failed", sources=(x, torch.where(torch.arange(7) == 6, 3, y)))  # a label out of range, in rank 1's share
 with torch.no_grad():
     next(model.parameters()).add_(rank)
-try:
-    le.measure_across_ranks(model, loss_fn, (x, y), update=le.SGD(lr=0.1))
-except le.InputError as error:
-    (out / f"refused-{rank}").write_text(str(error))
+refused("weights")
 torch.distributed.destroy_process_group()

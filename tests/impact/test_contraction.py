@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from networks_under_test import NETWORKS, numbers
@@ -5,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact import choice, contraction, measure
+from local_elasticity.impact import contraction, measure
 from local_elasticity.impact.contraction import Contraction, contract, per_sample_gradients, unit_cotangents
 from local_elasticity.impact.layers import RULES
 from local_elasticity.networks import MLP
@@ -190,16 +192,7 @@ def test_two_layer_closed_form():
     assert_close(kernel, z.relu() @ z.relu().T + 1 + (x @ x.T + 1) * gates)
 
 
-def test_autos_choice(monkeypatch):
-    cost, prepare = [0.0], choice.prepare  # what is predicted, so that no clock decides this test
-
-    def priced(*args, **settings):
-        ready = prepare(*args, **settings)
-        if not isinstance(ready, str):
-            ready.estimated_seconds = cost[0]
-        return ready
-
-    monkeypatch.setattr(choice, "prepare", priced)
+def test_autos_choice():
     torch.manual_seed(0)
     model = MLP(6, 3, depth=1, width=8).double()
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 3
@@ -222,9 +215,10 @@ def test_autos_choice(monkeypatch):
         found = plan(**setting)
         assert found.engine == "replay"
         assert any("engine auto: replay" in note and words in note for note in found.notes), found.notes
-    cost[0] = 1e9
     model.train(False)
-    assert any("linear would take about 1e+09 s" in note for note in plan().notes)
+    wide = MLP(6, 200, depth=1, width=8).double()  # 200 outputs to capture at each of 40 targets
+    notes = measure(wide, F.cross_entropy, (x, y), update=SGD(1e-4)).plan.notes
+    assert any("captures cost 16,040 passes, replaying 2,880" in note for note in notes), notes
     tiny = measure(model.float(), F.cross_entropy, (x.float(), y), update=SGD(1e-9)).plan
     assert any("lost in rounding" in note for note in tiny.notes)
 
@@ -266,15 +260,22 @@ def test_bad_input():
         measure(model, F.cross_entropy, (x, y), update=SGD(0.1), engine="linear", route="vmap")
 
 
-def test_a_loss_that_reads_the_weights_goes_source_by_source():
+def test_a_loss_that_reads_the_weights():
     model, x, _ = make("mlp")
 
-    def penalised(output, label):
-        return F.cross_entropy(output, label) + sum((p**2).sum() for p in model.parameters())
+    def penalised(output, label, by_label=False):
+        penalty = sum((p**2).sum() for p in model.parameters())
+        return F.cross_entropy(output, label) + penalty * (label.sum() if by_label else 1)
 
-    impact = measure(model, penalised, (x, torch.arange(N) % 3), update=SGD(0.1), engine="linear")
-    assert impact.plan.route == "jvp"
-    assert any("reads the weights directly" in note for note in impact.plan.notes)
+    y, slow = torch.arange(N) % 3, {"update": SGD(0.1), "engine": "linear", "route": "jvp"}
+    impact = measure(model, penalised, (x, y), update=SGD(0.1), engine="linear")
+    assert impact.plan.route == "contract"
+    assert any("a term of the loss on the weights" in note for note in impact.plan.notes)
+    assert_close(impact.change, measure(model, penalised, (x, y), **slow).change)
+    scaled = functools.partial(penalised, by_label=True)
+    impact = measure(model, scaled, (x, y), update=SGD(0.1), engine="linear")
+    assert impact.plan.route == "jvp"  # the term is another at every label
+    assert_close(impact.change, measure(model, scaled, (x, y), **slow).change)
 
 
 def test_memory_limit_is_obeyed_and_changes_nothing():

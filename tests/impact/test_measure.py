@@ -426,11 +426,12 @@ class Broken(Exception):
 )
 def test_an_exception_leaves_no_trace(mode, setting):
     model, optimizer, x, y = fragile()
-    before, calls = fingerprint(model, optimizer), []
+    before = fingerprint(model, optimizer)
 
     def loss_fn(output, label):
-        calls.append(torch.rand(1) + np.random.rand() + random.random())  # noqa: NPY002
-        if len(calls) == 3:
+        if "engine" not in setting:  # the linear engine refuses losses that draw
+            torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+        if int(label) == 2:  # not at the first source, which is asked before the work
             raise Broken
         return F.cross_entropy(output, label)
 
@@ -556,21 +557,23 @@ def test_plan():
     assert step.threads == torch.get_num_threads()
     assert 0 < step.estimated_seconds < 60
     assert 0 < step.measured_seconds < 60
-    assert step.seconds_per_source == {}
     weights = sum(p.numel() * 8 for p in model.parameters())
-    assert step.estimated_bytes == N_SOURCES * N_TARGETS * 3 * 8 + 2 * weights
+    assert (
+        step.estimated_bytes == 2 * N_SOURCES * N_TARGETS * 3 * 8 + 2 * weights
+    )  # after and change; step and gradient
     assert step.peak_bytes is None or step.peak_bytes >= 0
     vmap = measure(model, loss_fn, (x, y), targets, update=SGD(0.05), route="vmap", chunk_size=5).plan
     assert (vmap.route, vmap.chunk_size, vmap.target_chunk_size) == ("vmap", 5, N_TARGETS + 1)
     auto = measure(model, loss_fn, (x, y), targets, update=SGD(0.05)).plan
-    assert set(auto.seconds_per_source) == {"step", "vmap:8"}
+    assert (auto.route, auto.chunk_size) == ("vmap", N_SOURCES)
     linear = measure(model, loss_fn, (x, y), targets, update=SGD(0.05), engine="linear").plan
-    assert linear.engine == "linear"
-    assert set(linear.estimated_routes) == {"contract", "jvp"}
-    assert linear.route == min(linear.estimated_routes, key=linear.estimated_routes.__getitem__)  # what the clock said
-    assert auto.as_dict()["notes"] == ["engine auto: replay (fewer than 16 sources)"]
+    assert (linear.engine, linear.route) == ("linear", "contract")
+    assert linear.notes == [f"route contract: {N_SOURCES} sources, 3 outputs"]
+    assert auto.as_dict()["notes"][0] == "engine auto: replay (fewer than 16 sources)"
     few = measure(model, loss_fn, (x[:3], y[:3]), targets, update=SGD(0.05)).plan
-    assert (few.route, set(few.seconds_per_source)) == ("step", {"step"})
+    assert (few.route, few.notes[-1]) == ("step", "route step: fewer than 8 sources")
+    one = measure(model, loss_fn, (x[:1], y[:1]), targets, update=SGD(0.05), engine="linear").plan
+    assert one.route == "jvp"  # one source, three outputs
 
 
 def test_plan_notes_say_why_not_vmap():
@@ -578,7 +581,7 @@ def test_plan_notes_say_why_not_vmap():
     assert any("vmap" in note for note in measure(model, loss_fn, (x, y), targets, update=SGD(0.05)).plan.notes)
     model, loss_fn, x, y, targets = make("partly-used")
     notes = measure(model, loss_fn, (x, y), targets, update=SGD(0.05), engine="replay").plan.notes
-    assert notes == ["route vmap: parameters without gradient"]
+    assert notes == ["route step: parameters without gradient"]
     with pytest.raises(InputError, match="without gradient"):
         measure(model, loss_fn, (x, y), targets, update=SGD(0.05), route="vmap")
 

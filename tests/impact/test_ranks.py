@@ -44,5 +44,8 @@ def test_two_ranks_measure_what_one_process_does(tmp_path):
             torch.testing.assert_close(found[name][part], getattr(one, part), rtol=1e-12, atol=1e-12)
         assert float(one.change.abs().max()) > 1e-4
     assert any("4 of 7 sources on rank 0 of 2" in note for note in found["replay"]["notes"])
-    assert "same weights" in (tmp_path / "refused-0").read_text()
-    assert (tmp_path / "refused-1").exists()
+    for rank in range(2):
+        assert "same weights" in (tmp_path / f"weights-{rank}").read_text()
+        assert "same sources" in (tmp_path / f"dealt-{rank}").read_text()
+    assert "on rank 1, InputError" in (tmp_path / "failed-0").read_text()
+    assert "labels in 0..2" in (tmp_path / "failed-1").read_text()

@@ -99,18 +99,14 @@ def test_an_update_that_is_not_elementwise_keeps_all():
 def test_the_model_is_whole_afterwards():
     model, x, y = make()
     weights, state = list(model.parameters()), copy.deepcopy(model.state_dict())
-    calls = 0
 
     def fails_later(outputs, labels):
-        nonlocal calls
-        calls += 1
-        if calls > 4:
+        if int(labels) == int(y[4]) != int(y[0]):
             raise RuntimeError("a loss that fails")
         return F.cross_entropy(outputs, labels)
 
     with pytest.raises(RuntimeError, match="a loss that fails"):
         measure(model, fails_later, (x, y), update=SGD(0.1))
-    assert calls > 4
     assert all(one is other for one, other in zip(weights, model.parameters(), strict=True))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [m.padding for m in model if isinstance(m, nn.Conv2d)] == [(1, 1)] * 3

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.impact.state import random_state, set_random_state
+from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.runs import OUTPUTS
 
 CLASSES, FEATURES = 3, 6
@@ -437,6 +437,9 @@ def test_bad_settings_are_refused_with_what_to_do():
         tracked(net(), update={})
     with pytest.raises(le.InputError, match="integer dtype"):
         tracked(net(), probes=(probes()[0], probes()[1].double()))
+    for ignored in (-100, -1):
+        with pytest.raises(le.InputError, match=f"label {ignored} at probe 2"):
+            tracked(net(), probes=(probes()[0], probes()[1].index_fill(0, torch.tensor(2), ignored)))
     tracker = tracked(net())
     with pytest.raises(le.InputError, match="a number for 'loss'"):
         tracker.step(loss="low")

@@ -14,6 +14,7 @@ from local_elasticity.collapse.features import Positions, to_features
 from local_elasticity.collapse.geometry import Weighting, metrics, metrics_of_many
 from local_elasticity.collapse.state import Keep, NeuralCollapse
 from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.wrappers import inner_module
 
 # Their outputs of three dimensions are (samples, channels, positions); those of other layers (samples, positions,
 # channels), as in networks on sequences.
@@ -46,8 +47,8 @@ class LayerCollapse:
         weighting: Weighting = "classes",
         keep: Keep = "sums",
     ) -> None:
-        self.model, self.n_classes = model, n_classes
-        self.layers = check_layers(model, layers)
+        self.model, self.n_classes = inner_module(model), n_classes
+        self.layers = check_layers(self.model, layers)
         self.positions: Positions = positions
         self.weighting: Weighting = weighting
         self.keep: Keep = keep
@@ -106,6 +107,7 @@ def layer_metrics(
     Raises:
         InputError: for an unknown layer, or labels that do not fit.
     """
+    model = inner_module(model)
     names = check_layers(model, layers)
     parts = [layer_outputs(model, part, names, positions) for part in x.split(batch_size)]
     classes, places = torch.unique(labels, return_inverse=True)

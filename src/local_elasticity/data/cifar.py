@@ -11,8 +11,6 @@ checked by their size and labels. In the cache only official archives are accept
 
 from __future__ import annotations
 
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from local_elasticity.data.archives import members, opened
+from local_elasticity.data.checks import check_classes, check_flag, check_name, check_whole, is_file
 from local_elasticity.data.files import (
     Entry,
     Folders,
@@ -33,11 +33,12 @@ from local_elasticity.data.files import (
     md5,
     not_at_hand,
     places,
+    read_bytes,
 )
 from local_elasticity.data.folder import image_folder
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.data.pickles import read_pickle
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.errors import InputError
 
 PIXELS = 3 * 32 * 32
 SITE = "https://www.cs.toronto.edu/~kriz/"
@@ -215,8 +216,7 @@ def cifar100(
         InputError: when no source has the images, or a file is damaged.
     """
     columns = {"coarse": (0, CIFAR100_SUPERCLASSES), "fine": (1, CIFAR100_CLASSES)}
-    if labels not in columns:
-        raise InputError(expected="labels of CIFAR-100", got=repr(labels), do=nearest(str(labels), columns))
+    check_name("labels of CIFAR-100", labels, columns)
     return _select(
         CIFAR100,
         split,
@@ -278,10 +278,12 @@ def _select(
     column, names = labelling
     official = cifar.archives["python"]
     check_split(cifar.name, split)
-    if source not in ("auto", *sources):
-        raise InputError(
-            expected=f"a source of {cifar.name}", got=repr(source), do=nearest(str(source), ("auto", *sources))
-        )
+    check_name(f"a source of {cifar.name}", source, ("auto", *sources))
+    for what, value in (("download", download), ("progress", progress)):
+        check_flag(what, value)
+    if at_least is not None:
+        check_whole("at_least", at_least, 1)
+    classes = None if classes is None else check_classes(classes)
     most = cifar.size(split) // len(names)
     if at_least is not None and at_least > most:
         raise InputError(
@@ -295,7 +297,7 @@ def _select(
             images = _read_jpeg(path, split, progress)
         else:
             images = _read(cifar, layout, path, split, kind, column, names)
-        wanted = range(len(names)) if classes is None else [images.class_label(c) for c in _listed(classes)]
+        wanted = range(len(names)) if classes is None else [images.class_label(c) for c in classes]
         least = min(wanted, key=lambda label: int(images.counts[label]))
         if (at_least is None and classes is None) or images.counts[least] >= (at_least or 1):
             return images if classes is None else images.subset(classes)
@@ -326,10 +328,6 @@ def _select(
     )
 
 
-def _listed(classes: Sequence[str | int]) -> list[str | int]:
-    return [part.strip() for part in classes.split(",")] if isinstance(classes, str) else list(classes)
-
-
 def _candidates(cifar: _Cifar, split: str, kinds: Sequence[str], folders: Folders) -> Iterator[tuple[str, str, Path]]:
     """Yield (source, layout, path) of what is at hand, in the order of preference."""
     found = [
@@ -347,12 +345,12 @@ def _found(cifar: _Cifar, split: str, folders: Folders) -> Iterator[tuple[str, P
     """Yield (layout, path) of the folders and archives that have files of this split."""
     for place in places(cifar.folders, folders):
         for layout in ("python", "binary"):
-            there = any((place / file).is_file() for file in cifar.files(layout, split))
+            there = any(is_file(place / file) for file in cifar.files(layout, split))
             # CIFAR-100's python files are called "train" and "test": only beside their "meta" are they what they seem.
             vague = layout == "python" and split in cifar.python[split]
             if there and (not vague or (place / cifar.meta).is_file() or place.name in cifar.folders):
                 yield layout, place
-            if (place / cifar.archives[layout].file).is_file():
+            if is_file(place / cifar.archives[layout].file):
                 yield layout, place / cifar.archives[layout].file
 
 
@@ -432,16 +430,13 @@ def _read(
 def _contents(path: Path, files: list[str]) -> dict[str, bytes]:
     """Read those of the files that are there, from a folder or (in one pass, nothing unpacked to disk) an archive."""
     if path.is_dir():
-        return {file: (path / file).read_bytes() for file in files if (path / file).is_file()}
+        return {file: read_bytes(path / file) for file in files if is_file(path / file)}
     found: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                file = member.name.rpartition("/")[2]
-                if file in files and member.isreg() and (stream := archive.extractfile(member)):
-                    found[file] = stream.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise damaged(path, expected="a whole tar archive", got=f"{type(error).__name__}: {error}") from error
+    with opened(path) as archive:
+        for member in members(archive):
+            file = member.name.rpartition("/")[2]
+            if file in files and member.isreg() and (stream := archive.extractfile(member)):
+                found[file] = stream.read()
     return {file: found[file] for file in files if file in found}
 
 

@@ -13,9 +13,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from local_elasticity.data.checks import check_name, check_whole, in_words
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.errors import InputError
 
 Kind = Literal["exact", "symmetric"]
 
@@ -40,12 +41,12 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
     Raises:
         InputError: for a rate outside of [0, 1], labels that are no classes, or one class only.
     """
-    if not (isinstance(rate, numbers.Real) and 0 <= rate <= 1):
-        raise InputError(expected="a corruption rate in [0, 1]", got=repr(rate), do="pass a fraction")
-    if kind not in ("exact", "symmetric"):
-        raise InputError(
-            expected="kind 'exact' or 'symmetric'", got=repr(kind), do=nearest(str(kind), ("exact", "symmetric"))
-        )
+    if not (isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate <= 1):
+        raise InputError(expected="a corruption rate in [0, 1]", got=in_words(rate), do="pass a fraction")
+    check_name("kind 'exact' or 'symmetric'", kind, ("exact", "symmetric"))
+    check_whole("seed", seed, 0)
+    if n_classes is not None:
+        check_whole("n_classes", n_classes, 2)
     if isinstance(data, LabelledImages):
         return replace(data, labels=_corrupt(data.labels, rate, kind, n_classes or data.n_classes, seed))
     if isinstance(data, TensorData):
@@ -54,41 +55,54 @@ def corrupt_labels(data: Any, rate: float, *, kind: Kind = "exact", n_classes: i
     if isinstance(data, TensorDataset):
         *xs, labels = data.tensors
         return TensorDataset(*xs, _corrupt(labels, rate, kind, n_classes, seed))
-    if isinstance(data, tuple | list) and len(data) == 2 and np.ndim(data[1]):
+    if isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[1]):
         x, labels = data
-        if len(x) != len(labels):
+        if not hasattr(x, "__len__") or len(x) != len(labels):
+            samples = f"{len(x)} samples" if hasattr(x, "__len__") else in_words(x)
             raise InputError(
-                expected="one label a sample", got=f"{len(x)} samples, {len(labels)} labels", do="pass them together"
+                expected="one label a sample", got=f"{samples}, {len(labels)} labels", do="pass them together"
             )
         return x, _like(labels, rate, kind, n_classes, seed)
     return _like(data, rate, kind, n_classes, seed)
 
 
+def _is_array(labels: Any) -> bool:
+    """Whether it may be the labels of a pair: one label by itself is not."""
+    return isinstance(labels, list | tuple) or getattr(labels, "ndim", 0) > 0
+
+
 def _like(labels: Any, rate: float, kind: Kind, n_classes: int | None, seed: int) -> Any:
-    new = _corrupt(torch.as_tensor(labels), rate, kind, n_classes, seed)
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            expected="whole labels, one a sample, in a tensor, array or list",
+            got=in_words(labels),
+            do="give classes 0 ... K - 1",
+        ) from error
+    new = _corrupt(tensor, rate, kind, n_classes, seed)
     return new.numpy() if isinstance(labels, np.ndarray) else new
 
 
 def _corrupt(
     labels: Int64[Tensor, " samples"], rate: float, kind: Kind, n_classes: int | None, seed: int
 ) -> Int64[Tensor, " samples"]:
-    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool or not len(labels):
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.dim() != 1 or not whole or not len(labels):
         raise InputError(
             expected="whole labels, one a sample",
             got=f"{labels.dtype} of shape {tuple(labels.shape)}",
             do="give classes 0 ... K - 1",
         )
-    k = n_classes or int(labels.max()) + 1
-    if k < 2 or not 0 <= int(labels.min()) <= int(labels.max()) < k:
+    old = labels.cpu().numpy()
+    k = n_classes or int(old.max()) + 1
+    if k < 2 or not 0 <= int(old.min()) <= int(old.max()) < k:
         raise InputError(
             expected=f"at least 2 classes, labels in 0 ... {k - 1}",
-            got=f"labels from {int(labels.min())} to {int(labels.max())}",
+            got=f"labels from {int(old.min())} to {int(old.max())}",
             do="correct n_classes or the labels",
         )
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise InputError(expected="seed: a whole number >= 0", got=repr(seed), do="correct seed")
     stream = np.random.default_rng(seed)
-    old = labels.cpu().numpy()
     new = old.copy()
     if kind == "symmetric":
         chosen = stream.random(len(old)) < rate

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from local_elasticity.errors import InputError, missing_extra, nearest
+from local_elasticity.data.checks import check_name, check_path, in_short, in_words, is_folder, printable
+from local_elasticity.errors import InputError, missing_extra
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
@@ -96,11 +97,13 @@ def search_folders(folders: Folders = None) -> list[Path]:
     Raises:
         InputError: when one of ``folders`` is no folder.
     """
-    given = [folders] if isinstance(folders, str | os.PathLike) else list(folders or ())
-    given = [Path(folder).expanduser() for folder in given]
+    single = isinstance(folders, str | os.PathLike)
+    if not single and folders is not None and not isinstance(folders, Sequence):
+        raise InputError(expected="folders: a path, or a list of paths", got=in_words(folders), do="correct folders=")
+    given = [check_path("folders", folder) for folder in ([folders] if single else folders or ())]
     for folder in given:
-        if not folder.is_dir():
-            raise InputError(expected="a folder with data files", got=f"{folder}", do="correct folders=")
+        if not is_folder(folder):
+            raise InputError(expected="a folder with data files", got=printable(str(folder)), do="correct folders=")
     listed = [Path(part).expanduser() for part in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if part]
     project = Path(__file__).resolve().parents[3]
     beside = [Path.cwd().parent] + ([project.parent] if (project / "pyproject.toml").exists() else [])
@@ -113,15 +116,18 @@ def places(subfolders: Iterable[str], folders: Folders = None) -> Iterator[Path]
     """Yield the folders that exist among the search folders and these sub-folders of theirs, in order."""
     for root in search_folders(folders):
         for place in (root, *(root / name for name in subfolders)):
-            if _is_dir(place):
+            if is_folder(place):
                 yield place
 
 
 def md5(data: bytes | Path) -> str:
     """Compute the MD5 of some bytes or of a file: a check for damage, not for malice."""
     if isinstance(data, Path):
-        with open(data, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        try:
+            with open(data, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        except OSError as error:
+            raise unreadable(data, "a data file", error) from error
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
@@ -150,7 +156,7 @@ def fetch(files: Sequence[Official], folder: Path, progress: bool = True) -> lis
             differs = isinstance(error, ValueError) and "hash" in str(error)
             raise InputError(
                 expected=f"{file.file} from {file.address} (MD5 {file.md5})",
-                got="a file with another checksum" if differs else f"a failed download ({_in_short(error)})",
+                got="a file with another checksum" if differs else f"a failed download ({in_short(error)})",
                 do=f"try again later, or put the file into {at_home(folder)} or a folder named in {ENVIRONMENT}",
             ) from error
         finally:
@@ -184,6 +190,36 @@ def damaged(path: Path | str, *, expected: str, got: str) -> InputError:
     )
 
 
+def unreadable(place: Path | str, what: str, error: OSError) -> InputError:
+    """Make the error for a file or folder that the operating system does not give.
+
+    Args:
+        place: its path.
+        what: it should be.
+        error: of the operating system.
+    """
+    return InputError(
+        expected=f"{what} that can be read",
+        got=f"{printable(str(place))} ({in_short(error)})",
+        do="check that it is there and its permissions",
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a data file whole.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: when the operating system does not give it.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, "a data file", error) from error
+
+
 def in_cache(path: Path) -> bool:
     """Say whether a file lies in our cache, where only official files belong."""
     return cache_folder().resolve() in path.resolve().parents
@@ -195,8 +231,7 @@ def check_split(name: str, split: str, known: Sequence[str] = ("train", "test"))
     Raises:
         InputError: naming the nearest one.
     """
-    if split not in known:
-        raise InputError(expected=f"a split of {name}", got=repr(split), do=nearest(str(split), known))
+    check_name(f"a split of {name}", split, known)
 
 
 @contextmanager
@@ -255,17 +290,3 @@ class _Bar:
         progress.add_task(self.what, total=self.total)
         progress.start()
         return progress
-
-
-def _is_dir(path: Path) -> bool:
-    """Whether it is a folder that may be looked into."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _in_short(error: BaseException) -> str:
-    """An error's kind, and its message where it fits in the line."""
-    kind, message = type(error).__name__, str(error)
-    return f"{kind}: {message}" if message and len(message) < 120 and "\n" not in message else kind

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from local_elasticity.data.files import cache_folder, check_split, counting, damaged
+from local_elasticity.data.archives import is_archive, opened
+from local_elasticity.data.checks import check_flag, check_path, in_words, is_folder, printable
+from local_elasticity.data.decoding import Size, check_size, decode
+from local_elasticity.data.files import cache_folder, counting, damaged, unreadable
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError, missing_extra
+from local_elasticity.data.listing import canonical, inside, list_split
+from local_elasticity.errors import InputError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 CACHE_FROM = 1000
 """Fewer images than this are decoded each time: they take no time, and leave no cache behind."""
-
-Size = int | tuple[int, int] | None
 
 
 def image_folder(
@@ -42,14 +37,18 @@ def image_folder(
 ) -> LabelledImages:
     """Read a folder (or a tar archive of one) that holds one folder of images for each class.
 
-    The class folders lie at the top, or in ``train/``, ``test/``, ``val/``; around them there may be further folders.
-    Classes are sorted by name, images by class and path: that order is what ``indices`` count. Images are grey if all
-    of them are, else red, green, blue; transparency is dropped. Sets of 1,000 images and more are kept, decoded, in the
-    cache folder until a file's name, size or time changes.
+    The class folders lie at the top, or in split folders (``train``, ``test``, ``val`` and the names in use for them,
+    whatever their capitals); around them there may be further folders. Classes are those of all splits together,
+    sorted, so that a label means the same in each; images are sorted by class and path: that order is what ``indices``
+    count. Every file counts once, whatever links lead to it; hidden files, pipes and devices are passed over, and
+    ``origin`` says how many. Images are turned as their EXIF orientation says, and grey if all of them are, else red,
+    green, blue; transparency is dropped. Images of more than 8 bits a channel, of several frames, and damaged ones are
+    refused, naming the file. Sets of 1,000 images and more are kept, decoded, in the cache folder until a file's name,
+    size or time changes.
 
     Args:
         path: the folder or archive (.tar, .tar.gz, .tar.xz, .tar.bz2).
-        split: which of the split folders; ``"train"`` also for a folder without splits.
+        split: which of the split folders: ``"train"``, ``"test"`` or ``"val"``; ``"train"`` also for a folder without.
         size: resize to this height and width (bilinear); without it all images must have one size.
         name: of the data set; the folder's name unless given.
         cache: whether decoded images may be kept.
@@ -58,138 +57,78 @@ def image_folder(
     Raises:
         InputError: without Pillow, for a folder of another shape, images of several sizes, or damaged ones.
     """
-    path = Path(path).expanduser()
-    shown = re.sub(r"\.(tar(\.\w+)?|tgz|txz)$", "", path.name) if path.is_file() else path.resolve().name
-    name = name or shown
-    height_width = _check_size(size)
-    if not path.is_dir() and not is_archive(path):
-        raise InputError(
-            expected="a folder of class folders, or a tar archive of one", got=f"{path}", do="correct the path"
-        )
-    kept = None
+    path = check_path("path", path)
+    height_width = check_size(size)
+    for what, value in (("cache", cache), ("progress", progress)):
+        check_flag(what, value)
+    for what, text in (("split", split), *((("name", name),) if name is not None else ())):
+        if not isinstance(text, str):
+            raise InputError(expected=f"{what}: a text", got=in_words(text), do=f"correct {what}")
+    if not is_folder(path) and not is_archive(path):
+        raise _no_folder(path)
+    split = canonical(split)
+    name = name or printable(_plain_name(path)) or "images"
+    stored = None
     if path.is_file() and cache:  # an archive need not even be opened again
-        kept = _cache_path(path, split, height_width, [_state(path)])
-        if (found := _load(kept)) is not None:
-            return _labelled(*found, name=name, split=split, path=path)
-    images, listed = _list_images(path, split)
-    if path.is_dir() and cache and len(images) >= CACHE_FROM:
-        kept = _cache_path(path, split, height_width, [f"{image}:{_state(path / image)}" for image in listed])
-        if (found := _load(kept)) is not None:
-            return _labelled(*found, name=name, split=split, path=path)
-    class_names = sorted(set(images.values()))
-    order = {file: i for i, file in enumerate(sorted(images, key=lambda file: (images[file], file)))}
+        stored = _cache_path(path, split, height_width, [_state(path)])
+        if (decoded := _load(stored)) is not None:
+            return _labelled(decoded, name=name, split=split, path=path)
+    listed = list_split(path, split)
+    if path.is_dir() and cache and len(listed.classes) >= CACHE_FROM:
+        states = (f"{file}:{_state(path / file)}" for file in sorted(listed.classes))
+        stored = _cache_path(path, split, height_width, [*listed.class_names, listed.passed, *states])
+        if (decoded := _load(stored)) is not None:
+            return _labelled(decoded, name=name, split=split, path=path)
+    classes = listed.classes
+    order = {file: i for i, file in enumerate(sorted(classes, key=lambda file: (classes[file], file)))}
+    label = {class_name: i for i, class_name in enumerate(listed.class_names)}
     pixels = _decode(path, order, height_width, progress)
-    labels = np.array([class_names.index(images[file]) for file in order])
-    if kept and len(pixels) >= CACHE_FROM:
-        _save(kept, pixels, labels, class_names)
-    return _labelled(pixels, labels, class_names, name=name, split=split, path=path)
+    decoded = _Decoded(pixels, np.array([label[classes[file]] for file in order]), listed.class_names, listed.passed)
+    if stored and len(pixels) >= CACHE_FROM:
+        _save(stored, decoded)
+    return _labelled(decoded, name=name, split=split, path=path)
 
 
-def is_archive(path: Path) -> bool:
-    """Say whether it is a file that is named as a tar archive."""
-    return path.name.lower().endswith(ARCHIVES) and path.is_file()
-
-
-def _labelled(
-    pixels: np.ndarray, labels: np.ndarray, class_names: list[str], *, name: str, split: str, path: Path
-) -> LabelledImages:
-    kind = "archive" if path.is_file() else "folder"
-    return LabelledImages(
-        images=torch.from_numpy(pixels),
-        labels=torch.from_numpy(labels.astype(np.int64)),
-        class_names=tuple(class_names),
-        name=name,
-        origin=f"image {kind} {path.resolve().name}, {split}, all {len(pixels):,} images, as their files encode them",
-        split=split,
-        indices=torch.arange(len(pixels)),
-        source="folder",
+def _no_folder(path: Path) -> InputError:
+    """Make the error for a path that leads to nothing that can be read."""
+    packed = path.name.lower().endswith((".zip", ".7z", ".rar"))
+    return InputError(
+        expected="a folder of class folders, or a tar archive of one",
+        got=printable(str(path)),
+        do="unpack it, and give its folder" if packed else "correct the path",
     )
 
 
-def _check_size(size: Size) -> tuple[int, int] | None:
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is not None and (len(pair) != 2 or min(pair) < 1):
-        raise InputError(expected="size: pixels, or (height, width)", got=f"{size!r}", do="correct size")
-    return pair
+def _plain_name(path: Path) -> str:
+    """The name of a folder, or of an archive without its ending."""
+    if is_folder(path):
+        return path.resolve().name
+    return re.sub(r"\.(tar(\.\w+)?|tgz|txz|tbz2)$", "", path.name, flags=re.IGNORECASE)
 
 
-# --- what is there -----------------------------------------------------------------------------------------------
+class _Decoded(NamedTuple):
+    """What is stored of a split: pixels, labels, the classes of all splits, and what was passed over."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    passed: str
 
 
-def _list_images(path: Path, split: str) -> tuple[dict[str, str], list[str]]:
-    """List the images of a split: path within the folder -> class; and the paths in order.
-
-    Raises:
-        InputError: when the images do not lie in class folders, or there is no such split.
-    """
-    files = {file: PurePosixPath(file).parts for file in _walk(path)}
-    if not files:
-        raise InputError(
-            expected=f"images ({', '.join(sorted(SUFFIXES))}) in class folders",
-            got=f"none in {path}",
-            do="check the path",
-        )
-    while True:
-        tops = {parts[0] for parts in files.values()}
-        shallow = min(len(parts) for parts in files.values())
-        if shallow >= 3 and tops <= set(SPLITS):
-            check_split(f"{path}", split, sorted({SPLITS[top] for top in tops}))
-            files = {file: parts[1:] for file, parts in files.items() if SPLITS[parts[0]] == split}
-            break
-        if shallow < 3 or len(tops) > 1:
-            check_split(f"{path}, which has no split folders,", split, ("train",))
-            break
-        files = {file: parts[1:] for file, parts in files.items()}
-    stray = next((file for file, parts in files.items() if len(parts) < 2), None)
-    if stray:
-        raise InputError(
-            expected=f"every image of {path} in the folder of its class",
-            got=f"{stray} beside them",
-            do="sort the images into one folder a class",
-        )
-    return {file: parts[0] for file, parts in files.items()}, sorted(files)
-
-
-def _walk(path: Path) -> Iterator[str]:
-    """Yield the paths of the images, hidden files left out."""
-    if path.is_dir():
-        for folder, inner, names in os.walk(path, followlinks=True):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            here = Path(folder).relative_to(path)
-            yield from (str(PurePosixPath(here, name)) for name in sorted(names) if _is_image(name))
-    else:
-        with _opened(path) as archive:
-            yield from (_inside(member) for member in archive if member.isreg() and _is_image(_inside(member)))
-
-
-def _is_image(file: str) -> bool:
-    parts = PurePosixPath(file).parts
-    return PurePosixPath(file).suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts)
-
-
-def _inside(member: tarfile.TarInfo) -> str:
-    """A member's path without a leading ``./``; nothing is ever unpacked to disk, so no path can lead astray."""
-    return str(PurePosixPath(member.name))
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    try:
-        with tarfile.open(path) as archive:
-            yield archive
-    except InputError:
-        raise
-    except (tarfile.TarError, EOFError, OSError, zlib.error, _lzma_error()) as error:
-        raise damaged(path, expected="a whole tar archive", got=f"{type(error).__name__}: {error}") from error
-
-
-def _lzma_error() -> type[Exception]:
-    """The error of damaged xz data; Python may be built without xz."""
-    try:
-        from lzma import LZMAError
-    except ImportError:
-        return tarfile.TarError
-    return LZMAError
+def _labelled(decoded: _Decoded, *, name: str, split: str, path: Path) -> LabelledImages:
+    kind = "archive" if path.is_file() else "folder"
+    count = len(decoded.pixels)
+    origin = f"image {kind} {printable(path.resolve().name)}, {split}, all {count:,} images, as their files encode them"
+    return LabelledImages(
+        images=torch.from_numpy(decoded.pixels),
+        labels=torch.from_numpy(decoded.labels.astype(np.int64)),
+        class_names=decoded.class_names,
+        name=name,
+        origin=f"{origin}; {decoded.passed}" if decoded.passed else origin,
+        split=split,
+        indices=torch.arange(count),
+        source="folder",
+    )
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------
@@ -199,18 +138,20 @@ def _decode(path: Path, order: dict[str, int], size: tuple[int, int] | None, pro
     """Decode the images into (samples, channels, height, width), uint8, each at its place in the order."""
     decoded: list[np.ndarray] = [np.empty(0)] * len(order)
     first: tuple[str, tuple[int, ...]] | None = None
-    with counting(f"decoding {path.name}", len(order), progress) as bar:
-        for file, stream in _streams(path, order):
-            pixels = _decode_one(stream, file, size)
-            first = first or (file, pixels.shape[1:])
+    with counting(f"decoding {printable(path.name)}", len(order), progress) as bar:
+        for file, blob in _blobs(path, order):
+            pixels = decode(blob, printable(file), size)
+            first = first or (printable(file), pixels.shape[1:])
             if pixels.shape[1:] != first[1]:
                 raise InputError(
                     expected=f"images of one size ({first[0]} has {first[1][0]}x{first[1][1]})",
-                    got=f"{file} with {pixels.shape[1]}x{pixels.shape[2]} (height x width)",
-                    do="give size= to resize all of them",
+                    got=f"{printable(file)} with {pixels.shape[1]}x{pixels.shape[2]} (height x width)",
+                    do=f"give size= to resize all of them, for example size={first[1]}; --size on the command line",
                 )
             decoded[order[file]] = pixels
             bar.update(1)
+    if missing := next((file for file, place in order.items() if not decoded[place].size), None):
+        raise damaged(path, expected="every image that it lists", got=f"none for {printable(missing)}")
     channels = max(len(pixels) for pixels in decoded)
     stacked = np.empty((len(decoded), channels, *decoded[0].shape[1:]), np.uint8)
     for place, pixels in zip(stacked, decoded, strict=True):
@@ -218,74 +159,66 @@ def _decode(path: Path, order: dict[str, int], size: tuple[int, int] | None, pro
     return stacked
 
 
-def _streams(path: Path, order: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
+def _blobs(path: Path, order: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield each image's bytes: a folder's in order, an archive's in one pass."""
     if path.is_dir():
         for file in order:
-            yield file, io.BytesIO((path / file).read_bytes())
+            try:
+                blob = (path / file).read_bytes()
+            except OSError as error:
+                raise unreadable(str(path / file), "an image", error) from error
+            yield file, blob
         return
     wanted = set(order)
-    with _opened(path) as archive:
+    with opened(path) as archive:
         for member in archive:
-            if member.isreg() and _inside(member) in wanted and (stream := archive.extractfile(member)):
-                yield _inside(member), io.BytesIO(stream.read())
-
-
-def _decode_one(stream: IO[bytes], file: str, size: tuple[int, int] | None) -> np.ndarray:
-    """Decode one image to (1 or 3, height, width)."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing_extra("pillow", "data", "decoding images") from error
-    try:
-        image = Image.open(stream)
-        if image.mode.startswith(("I", "F")):
-            raise InputError(
-                expected="images of 8 bits a channel", got=f"{file} with mode {image.mode}", do="convert it first"
-            )
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except InputError:
-        raise
-    except Exception as error:  # what decoders make of damaged files is open-ended
-        raise damaged(file, expected="a whole image", got=f"{type(error).__name__}: {error}") from error
-    if size is not None and (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            file = "/".join(inside(member))
+            if file in wanted and not member.isdir() and (stream := archive.extractfile(member)):
+                yield file, stream.read()
 
 
 # --- the cache of decoded images ---------------------------------------------------------------------------------
 
 
 def _state(file: Path) -> str:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise unreadable(str(file), "an image or archive", error) from error
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def _cache_path(path: Path, split: str, size: tuple[int, int] | None, states: Iterable[str]) -> Path:
     """Name the decoded array after everything that it depends on."""
-    text = "\n".join(["1", str(path.resolve()), split, str(size), *states])
-    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return cache_folder() / "decoded" / f"{path.name.partition('.')[0]}-{split}-{key}.npz"
+    text = "\n".join(["2", str(path.resolve()), split, str(size), *states])
+    key = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    stem = re.sub(r"[^\w-]", "_", path.name.partition(".")[0], flags=re.ASCII)[:60]
+    return cache_folder() / "decoded" / f"{stem}-{split}-{key}.npz"
 
 
-def _load(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
+def _load(path: Path) -> _Decoded | None:
     """Read a decoded array; a missing or damaged one is simply made anew."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["pixels"], kept["labels"], [str(name) for name in kept["class_names"]]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(path, allow_pickle=False) as stored:
+            pixels, labels, passed = stored["pixels"], stored["labels"], str(stored["passed"])
+            class_names = tuple(str(name) for name in stored["class_names"])
+    except Exception:  # what a damaged file makes the reader do is open-ended
         return None
+    whole = (
+        pixels.ndim == 4 and pixels.dtype == np.uint8 and labels.shape == (len(pixels),) and labels.dtype.kind == "i"
+    )
+    whole = whole and len(labels) > 0 and 0 <= labels.min() <= labels.max() < len(class_names)
+    return _Decoded(pixels, labels, class_names, passed) if whole else None
 
 
-def _save(path: Path, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
+def _save(path: Path, decoded: _Decoded) -> None:
     """Keep a decoded array: whole or not at all, and without complaint where the cache cannot be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, pixels=pixels, labels=labels, class_names=np.array(class_names))
+                np.savez(file, **{**decoded._asdict(), "class_names": np.array(decoded.class_names)})
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -7,7 +7,6 @@ shapes the same mean area.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +17,10 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from local_elasticity.data.checks import check_name, check_real, check_whole, in_words
 from local_elasticity.data.files import Entry, Folders, check_split
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.errors import InputError
 
 SIDE = 32
 CENTRE = (SIDE - 1) / 2
@@ -44,6 +44,9 @@ class TensorData:
         class_names: one name a class.
         origin: one line for people.
         factors: name -> what was drawn for each sample, training samples first; empty where nothing was.
+
+    Raises:
+        InputError: when inputs and labels are no tensors of one length.
     """
 
     train: tuple[Tensor, Int64[Tensor, " samples"]]
@@ -51,6 +54,15 @@ class TensorData:
     class_names: tuple[str, ...]
     origin: str
     factors: dict[str, Float64[np.ndarray, " samples"]]
+
+    def __post_init__(self) -> None:
+        for what, pair in (("train", self.train), ("validation", self.validation)):
+            tensors = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            if not tensors or pair[1].ndim != 1 or pair[0].shape[:1] != pair[1].shape:
+                shapes = " and ".join(in_words(part) for part in pair) if tensors else in_words(pair)
+                raise InputError(
+                    expected=f"{what}: inputs and as many labels, two tensors", got=shapes, do=f"correct {what}"
+                )
 
     @property
     def n_classes(self) -> int:
@@ -99,18 +111,18 @@ def geomnist(
     Raises:
         InputError: for counts, classes or ranges that cannot be.
     """
-    whole = (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("n_classes", n_classes, 2), ("seed", seed, 0))
-    for name, value, least in whole:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
     known = {"published": PUBLISHED, "varied": SHAPES}
-    if variant not in known:
-        raise InputError(expected="a variant of GeoMNIST", got=repr(variant), do=nearest(str(variant), known))
+    check_name("a variant of GeoMNIST", variant, known)
+    most = {"seed": 2**32 - 1 if variant == "published" else None}  # of the published generator
+    for name, value, least in (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("seed", seed, 0)):
+        check_whole(name, value, least, most.get(name))
     names = known[variant]
-    if not 2 <= n_classes <= len(names):
+    if check_whole("n_classes", n_classes, 2) > len(names):
         raise InputError(
             expected=f"2 to {len(names)} classes of GeoMNIST, {variant}", got=str(n_classes), do="ask for fewer classes"
         )
+    for name, value in (("place", place), ("size", size), ("intensity", intensity), ("noise", noise)):
+        check_real(name, value)
     if not (0 <= place <= 6 and 0 <= size <= 0.3 and 0 < intensity <= 1 and noise >= 0):
         raise InputError(
             expected="place in [0, 6], size in [0, 0.3], intensity in (0, 1], noise >= 0",
@@ -162,6 +174,10 @@ def read(
         InputError: for another split, or what `geomnist` refuses.
     """
     check_split("geomnist", split, ("train", "test"))
+    check_name("a variant of GeoMNIST", variant, ("published", "varied"))
+    for what, value, least in (("n_classes", n_classes, 2), ("per_class", per_class, 1), ("seed", seed, 0)):
+        if value is not None or what != "n_classes":
+            check_whole(what, value, least)
     made = _made(variant, n_classes or (len(SHAPES) if variant == "varied" else len(PUBLISHED)), per_class, seed)
     images, labels = made.train if split == "train" else made.validation
     return LabelledImages(

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from local_elasticity.data.checks import check_flag, in_short, is_file
 from local_elasticity.data.files import (
     Entry,
     Folders,
@@ -31,6 +32,7 @@ from local_elasticity.data.files import (
     md5,
     not_at_hand,
     places,
+    read_bytes,
 )
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError
@@ -146,10 +148,11 @@ def read_idx(path: Path, ndim: int) -> tuple[np.ndarray, bytes]:
     Raises:
         InputError: when the magic number, the size or the packing is wrong.
     """
+    blob = read_bytes(path)
     try:
-        blob = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise damaged(path, expected="a whole gzip file", got=f"{type(error).__name__}: {error}") from error
+        raise damaged(path, expected="a whole gzip file", got=in_short(error)) from error
     header = 4 + 4 * ndim
     magic = 0x0800 + ndim
     found = int.from_bytes(blob[:4], "big")
@@ -182,11 +185,16 @@ def _peek(idx: _Idx, place: Path) -> Iterator[int]:
     """Read how many training labels there are, from the header."""
     files = _pair(place, "train")
     if files:
-        with gzip.open(files[1]) if files[1].suffix == ".gz" else open(files[1], "rb") as file:
-            yield int.from_bytes(file.read(8)[4:], "big")
+        try:
+            with gzip.open(files[1]) if files[1].suffix == ".gz" else open(files[1], "rb") as file:
+                yield int.from_bytes(file.read(8)[4:], "big")
+        except (OSError, EOFError, zlib.error):
+            return  # damaged or closed: to be said when it is read
 
 
 def _load(idx: _Idx, split: str, folders: Folders, download: bool, progress: bool) -> LabelledImages:
+    for what, value in (("download", download), ("progress", progress)):
+        check_flag(what, value)
     check_split(idx.name, split)
     for files in _found(idx, split, folders):
         return _read(idx, split, *files)
@@ -212,7 +220,7 @@ def _pair(place: Path, split: str) -> tuple[Path, Path] | None:
     for stem in stems(split):
         dotted = stem.replace("-idx", ".idx")
         names = (stem, f"{stem}.gz", dotted, f"{dotted}.gz")
-        pair += [file for name in names if (file := place / name).is_file()][:1]
+        pair += [file for name in names if is_file(file := place / name)][:1]
     return (pair[0], pair[1]) if len(pair) == 2 else None
 
 
@@ -231,6 +239,8 @@ def _belongs(idx: _Idx, labels: Path) -> bool:
 def _read(idx: _Idx, split: str, images: Path, labels: Path) -> LabelledImages:
     pixels, pixel_bytes = read_idx(images, 3)
     classes, label_bytes = read_idx(labels, 1)
+    if pixels.shape[1:] != (28, 28):
+        raise damaged(images, expected="images of 28x28", got="x".join(map(str, pixels.shape[1:])))
     if len(pixels) != len(classes):
         raise damaged(images, expected=f"{len(classes):,} images, one for each label", got=f"{len(pixels):,}")
     if not len(pixels) or classes.max() > 9:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from local_elasticity.data.checks import check_classes, check_real, check_whole, in_words
 from local_elasticity.errors import InputError, nearest
 
 PerChannel = float | Sequence[float]
@@ -53,15 +54,18 @@ class AugmentOnce:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.padding < 0 or not 0 <= self.flip <= 1:
-            raise InputError(
-                expected="padding >= 0 and a flip probability in [0, 1]",
-                got=f"padding={self.padding}, flip={self.flip}",
-                do="correct the augmentation",
-            )
+        check_whole("seed", self.seed, 0)
+        check_whole("padding", self.padding, 0, 4096)
+        check_real("flip", self.flip, 0, 1)
 
     def __call__(self, images: UInt8[Tensor, "samples channels height width"]) -> UInt8[Tensor, "samples c h w"]:
         """Crop and flip every image; the global random streams are not touched."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise InputError(
+                expected="images of shape (samples, channels, height, width)",
+                got=in_words(images),
+                do="give a tensor of these four dimensions",
+            )
         n, channels, height, width = images.shape
         generator = np.random.default_rng(self.seed)
         corner = torch.from_numpy(generator.integers(0, 2 * self.padding + 1, size=(n, 2)))
@@ -111,6 +115,7 @@ class LabelledImages:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         n = len(self.images)
         floating = self.images.is_floating_point() and self.white == 1
         if self.images.ndim != 4 or not (floating or self.images.dtype == torch.uint8):
@@ -131,6 +136,25 @@ class LabelledImages:
                 expected=f"labels in 0 ... {len(self.class_names) - 1} ({len(self.class_names)} class names)",
                 got=f"labels from {int(self.labels.min())} to {int(self.labels.max())}",
                 do="correct the labels or the class names",
+            )
+
+    def _check_kinds(self) -> None:
+        """Check what is no matter of shapes.
+
+        Raises:
+            InputError: naming the part.
+        """
+        check_whole("white", self.white, 1)
+        for what in ("images", "labels", "indices"):
+            value = getattr(self, what)
+            if not isinstance(value, Tensor) or not value.ndim:
+                raise InputError(expected=f"{what}: a tensor", got=in_words(value), do="use torch.from_numpy or tensor")
+        if self.images.is_floating_point() and not bool(torch.isfinite(self.images).all()):
+            raise InputError(expected="finite images", got="infinite pixels, or NaN", do="correct the images")
+        names = self.class_names
+        if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise InputError(
+                expected="class_names: a tuple of texts, one a class", got=in_words(names), do="correct class_names"
             )
 
     def __len__(self) -> int:
@@ -159,10 +183,41 @@ class LabelledImages:
         return torch.bincount(self.labels, minlength=self.n_classes)
 
     def at(self, positions: Int64[Tensor, " chosen"]) -> LabelledImages:
-        """Keep the images at these positions, in this order; classes stay as they are."""
+        """Keep the images at these positions, in this order; classes stay as they are.
+
+        Args:
+            positions: whole numbers from 0.
+
+        Raises:
+            InputError: for positions that there are not.
+        """
+        positions = self._check_positions(positions)
         return replace(
             self, images=self.images[positions], labels=self.labels[positions], indices=self.indices[positions]
         )
+
+    def _check_positions(self, positions: object) -> Int64[Tensor, " chosen"]:
+        try:
+            chosen = torch.as_tensor(positions)
+            whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                expected="positions: whole numbers", got=in_words(positions), do="correct positions"
+            ) from error
+        if chosen.ndim != 1 or not (whole or not len(chosen)):
+            raise InputError(
+                expected="positions: whole numbers in a row",
+                got=in_words(chosen),
+                do="give positions (for a mask: torch.nonzero(mask).squeeze(1))",
+            )
+        chosen = chosen.to("cpu", torch.int64)
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise InputError(
+                expected=f"positions in 0 ... {len(self) - 1}",
+                got=f"positions from {int(chosen.min())} to {int(chosen.max())}",
+                do="correct positions",
+            )
+        return chosen
 
     def class_label(self, wanted: str | int) -> int:
         """Find the label of a class by its name, one of its aliases, or its number (also as text).
@@ -177,9 +232,11 @@ class LabelledImages:
             raise InputError(
                 expected=f"a class of {self.name}: 0 ... {self.n_classes - 1}", got=str(label), do="correct the class"
             )
+        if not isinstance(wanted, str):
+            raise InputError(expected="a class by its name or label", got=in_words(wanted), do="correct the class")
         names = {_plain(alias): _plain(name) for alias, name in self.aliases.items()}
         labels = {_plain(name): label for label, name in enumerate(self.class_names)}
-        key = _plain(str(wanted))
+        key = _plain(wanted)
         key = key if key in labels else names.get(key, key)
         if key in labels:
             return labels[key]
@@ -198,10 +255,7 @@ class LabelledImages:
         Raises:
             InputError: for an unknown class, one named twice, or one without images.
         """
-        if isinstance(classes, str):
-            classes = [part.strip() for part in classes.split(",")]
-        if not classes:
-            raise InputError(expected="at least one class", got="none", do="name the classes to keep")
+        classes = check_classes(classes)
         kept = [self.class_label(wanted) for wanted in classes]
         new_label = torch.full((self.n_classes,), -1)
         for new, old in enumerate(kept):
@@ -248,24 +302,42 @@ class LabelledImages:
         """
         images = self.images
         if augment is not None:
-            augmentation = augment if isinstance(augment, AugmentOnce) else AugmentOnce(int(augment))
+            augmentation = (
+                augment if isinstance(augment, AugmentOnce) else AugmentOnce(check_whole("augment", augment, 0))
+            )
             images = augmentation(images)
         pixels = images.to(torch.float32) / self.white
         if normalise is not None:
-            mean, deviation = NORMALISATION.get(self.name, (0.5, 0.5)) if normalise == "auto" else normalise
+            mean, deviation = self._check_normalise(normalise)
             pixels = (pixels - self._per_channel(mean)) / self._per_channel(deviation, positive=True)
         return pixels, self.labels.clone()
 
     def _per_channel(self, values: PerChannel, positive: bool = False) -> Float[Tensor, "channels 1 1"]:
         """Check a normalisation constant and shape it to the images."""
-        constant = torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
-        if len(constant) not in (1, self.shape[0]) or (positive and bool((constant <= 0).any())):
+        try:
+            constant = torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+        except (TypeError, ValueError, RuntimeError):
+            constant = torch.empty(0)
+        finite = bool(torch.isfinite(constant).all())
+        if not finite or len(constant) not in (1, self.shape[0]) or (positive and bool((constant <= 0).any())):
             raise InputError(
                 expected=f"a mean and a positive standard deviation: one number, or one for each of {self.shape[0]}",
-                got=f"{values}",
+                got=in_words(values),
                 do="correct normalise=(mean, std)",
             )
         return constant
+
+    def _check_normalise(self, normalise: object) -> tuple[PerChannel, PerChannel]:
+        """The mean and the standard deviation that are meant."""
+        if isinstance(normalise, str) and normalise == "auto":
+            return NORMALISATION.get(self.name, (0.5, 0.5))
+        if isinstance(normalise, tuple | list) and len(normalise) == 2:
+            return normalise[0], normalise[1]
+        raise InputError(
+            expected="normalise: 'auto', None, or (mean, standard deviation)",
+            got=in_words(normalise),
+            do="correct normalise",
+        )
 
 
 def draw_per_class(
@@ -278,9 +350,8 @@ def draw_per_class(
     Raises:
         InputError: for a count below 1, a negative seed, or a class with too few images.
     """
-    for name, value, least in (("per_class", per_class, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
+    check_whole("per_class", per_class, 1)
+    check_whole("seed", seed, 0)
     chosen = []
     for label, name in enumerate(class_names):
         positions = torch.nonzero(labels == label).squeeze(1)

@@ -7,11 +7,13 @@ one is accepted as a subset, and its origin says "partial".
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from local_elasticity.data.checks import check_flag, in_short, is_file
 from local_elasticity.data.files import (
     Entry,
     Folders,
@@ -24,6 +26,7 @@ from local_elasticity.data.files import (
     md5,
     not_at_hand,
     places,
+    read_bytes,
 )
 from local_elasticity.data.images import LabelledImages
 
@@ -51,6 +54,8 @@ def svhn(
     Raises:
         InputError: when the file is not at hand or damaged.
     """
+    for what, value in (("download", download), ("progress", progress)):
+        check_flag(what, value)
     check_split("svhn", split)
     official = FILES[split]
     found = _find(split, folders)
@@ -70,7 +75,7 @@ def entries(folders: Folders = None) -> list[Entry]:
 
 def _find(split: str, folders: Folders) -> Path | None:
     files = (place / FILES[split].file for place in places(FOLDERS, folders))
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_file(file)), None)
 
 
 def _read(path: Path, split: str) -> LabelledImages:
@@ -78,14 +83,16 @@ def _read(path: Path, split: str) -> LabelledImages:
     from scipy.io import loadmat
 
     official = FILES[split]
+    blob = read_bytes(path)
     try:
-        contents = loadmat(path, variable_names=["X", "y"])
+        contents = loadmat(io.BytesIO(blob), variable_names=["X", "y"])
         pixels, labels = contents["X"], contents["y"].reshape(-1)
     except Exception as error:  # what a damaged file makes the reader do is open-ended
-        got = f"{type(error).__name__}: {error}"
-        raise damaged(path, expected="a whole MATLAB file with X and y", got=got) from error
+        raise damaged(path, expected="a whole MATLAB file with X and y", got=in_short(error)) from error
     n = len(labels)
-    if pixels.shape != (32, 32, 3, n) or pixels.dtype != np.uint8 or not n:
+    if labels.dtype.kind not in "iuf" or (labels != labels.round()).any():
+        raise damaged(path, expected="y: whole numbers", got=f"other values, {labels.dtype}")
+    if not isinstance(pixels, np.ndarray) or pixels.shape != (32, 32, 3, n) or pixels.dtype != np.uint8 or not n:
         raise damaged(path, expected=f"X: bytes of shape (32, 32, 3, {n})", got=f"{pixels.dtype} {pixels.shape}")
     if not 1 <= labels.min() <= labels.max() <= 10:
         raise damaged(path, expected="labels in 1 ... 10", got=f"labels from {labels.min()} to {labels.max()}")

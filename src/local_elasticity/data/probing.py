@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from local_elasticity.data.checks import in_words
 from local_elasticity.data.images import LabelledImages, draw_per_class
 from local_elasticity.errors import InputError
 
@@ -71,6 +72,12 @@ def probes(
     else:
         tensors = _check_pair(dataset)
         labels = tensors[1]
+        if int(labels.max()) >= len(labels):
+            raise InputError(
+                expected=f"classes 0, 1, ..., at most {len(labels)} of them in as many samples",
+                got=f"a label {int(labels.max())}",
+                do="relabel the classes 0, 1, ...",
+            )
         class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
         origin = torch.arange(len(labels))
     chosen = draw_per_class(labels, class_names, per_class, seed, _PROBES)
@@ -87,6 +94,10 @@ def probes(
         # On the samples' own device; the choice itself is made on the CPU.
         xs, ys = x[chosen.to(x.device)], y[chosen]
         ys = ys.to(x.device)
+    if xs.is_floating_point() and not bool(torch.isfinite(xs).all()):
+        raise InputError(
+            expected="finite inputs", got="infinite ones, or NaN, among the probes", do="correct the data first"
+        )
     return Probes(xs, ys, chosen, origin[chosen], tuple(class_names), seed)
 
 
@@ -98,12 +109,13 @@ def _images(dataset: LabelledImages | Pair) -> LabelledImages:
 def _check_pair(pair: Pair) -> Pair:
     """Check that it is (inputs, classes), and give the classes as int64 on the CPU."""
     try:
-        x, y = pair
-        y = torch.as_tensor(y)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError
+        x, y = (torch.as_tensor(part) for part in pair)
         n, whole = len(x), not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            expected="labelled images, or a pair (x, y) of tensors", got=type(pair).__name__, do="give one of these"
+            expected="labelled images, or a pair (x, y) of tensors", got=in_words(pair), do="give one of these"
         ) from error
     if not whole or y.shape != (n,) or not n:
         raise InputError(

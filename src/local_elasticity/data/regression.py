@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from local_elasticity.errors import InputError, missing_extra, nearest
+from local_elasticity.data.checks import check_name
+from local_elasticity.errors import missing_extra
 
 
 class RegressionSet(NamedTuple):
@@ -30,8 +31,7 @@ def regression(name: str) -> RegressionSet:
     Raises:
         InputError: for an unknown name, or where the package that carries it is missing.
     """
-    if name not in READERS:
-        raise InputError(expected="a regression set", got=repr(name), do=nearest(name, READERS))
+    check_name("a regression set", name, READERS)
     inputs, labels, origin = READERS[name]()
     x, y = (torch.from_numpy((v - v.mean(0)) / v.std(0)) for v in (inputs, labels))
     return RegressionSet(x, y, origin)

@@ -5,18 +5,21 @@ A new set is one reader and one line in `READERS`.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from local_elasticity.data import bundled, cifar, idx, matlab
+from local_elasticity.data.archives import is_archive
+from local_elasticity.data.checks import check_flag, check_path, in_words, is_folder
 from local_elasticity.data.files import Entry, Folders
-from local_elasticity.data.folder import image_folder, is_archive
+from local_elasticity.data.folder import image_folder
 from local_elasticity.data.geomnist import entries as geomnist_entries
 from local_elasticity.data.geomnist import read as read_geomnist
 from local_elasticity.data.images import LabelledImages
+from local_elasticity.data.listing import split_names
 from local_elasticity.errors import InputError, nearest
 
 READERS: dict[str, Callable[..., LabelledImages]] = {
@@ -54,24 +57,56 @@ def load(
     Raises:
         InputError: for an unknown name, or files that are missing or damaged.
     """
+    path = check_path("name", name)
+    for what, value in (("download", download), ("progress", progress)):
+        check_flag(what, value)
     known = {_plain(key): reader for key, reader in READERS.items()}
-    path = Path(name).expanduser()
-    try:
-        if reader := known.get(_plain(str(name))):
-            return reader(split, folders=folders, download=download, progress=progress, **options)
-        if path.is_dir() or is_archive(path):
-            return image_folder(path, split, progress=progress, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise InputError(
-            expected=f"options that {name} has", got=str(error).rpartition("argument ")[2], do="leave it out"
-        ) from error
+    if reader := known.get(_plain(str(name))):
+        _check_options(str(name), reader, options)
+        return reader(split, folders=folders, download=download, progress=progress, **options)
+    if is_folder(path) or is_archive(path):
+        _check_options("an image folder", image_folder, options)
+        return image_folder(path, split, progress=progress, **options)
     raise InputError(
         expected="the name of a data set, or the path of an image folder or tar archive",
-        got=repr(str(name)),
+        got=in_words(str(name)),
         do=nearest(str(name), READERS),
     )
+
+
+def other_split(train: LabelledImages, name: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
+    """Name the split that validates a training, and the options that read it from the same source.
+
+    Args:
+        train: the training images, as `load` gave them.
+        name: as in `load`.
+
+    Returns:
+        "test", or "val" of an image folder without it, or None for one without either; and options of `load`.
+
+    Raises:
+        InputError: when the folder has changed meanwhile.
+    """
+    if train.source == "folder":
+        splits = split_names(check_path("name", name))
+        return next((split for split in ("test", "val") if split in splits), None), {}
+    return "test", {"source": train.source} if train.name.startswith("cifar") else {}
+
+
+def _check_options(name: str, reader: Callable[..., LabelledImages], options: Mapping[str, Any]) -> None:
+    """Refuse options that a reader does not have.
+
+    Raises:
+        InputError: naming the option, and those that there are.
+    """
+    own = sorted(set(inspect.signature(reader).parameters) - {"split", "folders", "download", "progress", "path"})
+    for option in options:
+        if option not in own:
+            raise InputError(
+                expected=f"options that {name} has",
+                got=repr(option),
+                do=f"leave it out (it has {', '.join(own) or 'none'})",
+            )
 
 
 def catalogue(folders: Folders = None) -> list[Entry]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 import torch
 
+from local_elasticity.data.checks import check_flag, check_name, check_whole
 from local_elasticity.data.cifar import cifar10
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
@@ -33,16 +33,18 @@ def cifar10_subset(
         n_validation: images a class from the test split.
         replacement: draw with replacement, so that images repeat: as published.
         seed: of the draw; the global random streams are not touched.
-        **options: of `cifar10` (``folders``, ``source``, ``download``).
+        **options: of `cifar10` (``folders``, ``source``, ``download``, ``progress``).
 
     Raises:
         InputError: for more classes than 10, or classes with too few images.
     """
-    if not 2 <= n_classes <= 10:
+    if check_whole("n_classes", n_classes, 2) > 10:
         raise InputError(expected="2 to 10 classes of CIFAR-10", got=str(n_classes), do="ask for as many as there are")
     for name, value, least in (("n_train", n_train, 1), ("n_validation", n_validation, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
+        check_whole(name, value, least)
+    check_flag("replacement", replacement)
+    for name in options:
+        check_name("an option of cifar10_subset", name, ("folders", "source", "download", "progress"))
     train = cifar10("train", **options)
     test = cifar10("test", **{**options, "source": train.source})  # pyright: ignore[reportArgumentType]
     parts = []

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import RULES, Call, Direct, Layout, Lookup, Outer, Part, Rule, attention_with, kind
+from local_elasticity.impact.subject import call
 
 Key = tuple[int, tuple[int, int]]
 """A parameter by its position, and the rows of it."""
@@ -249,7 +250,7 @@ def capture(
     reference: list[Tensor | None] = []
     with torch.enable_grad(), eager(model):
         with Recorder(parameters, n, layouts, reading) as recorder:
-            out = check_output(model(x), n)
+            out = check_output(call(model, x), n)
         records = recorder.records
         if not out.requires_grad:
             records, rows_left = [], 0

@@ -6,10 +6,8 @@ the momentum so far) by one Jacobian-vector product. Steps that are not affine i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -22,33 +20,67 @@ from local_elasticity.impact.contraction import (
     Contraction,
     chunk_for,
     contract,
-    per_sample_gradients,
     unit_cotangents,
 )
-from local_elasticity.impact.linear import first_order_change
+from local_elasticity.impact.first_order import first_order_change
+from local_elasticity.impact.losses import one_number
 from local_elasticity.impact.plan import check_memory
-from local_elasticity.impact.problem import LossFunction, Problem, as_scalar
+from local_elasticity.impact.problem import LossFunction, Problem, no_gradient, widened
+from local_elasticity.impact.subject import SHARED_MEMORY
 
-T = TypeVar("T")
-PILOT_SHARE = 16  # the pilot takes one sample of so many, on each side
+MOST_LABELS = 4  # at which the loss is compared with real forward passes, where it cannot reach the model
 
 
-def loss_gradients(problem: Problem) -> tuple[Float[Tensor, " sources"], Float[Tensor, "sources outputs"], bool]:
-    """Loss of each source and its gradient by the outputs; and whether the loss reads the weights in another way."""
-    with torch.no_grad():
-        flat = problem.model(problem.inputs[:1]).dim() == 1
-    outputs = problem.source_before.squeeze(1) if flat else problem.source_before
-    losses, gradients, reads = per_sample_losses(outputs, problem.labels, problem.loss_fn, problem.parameters)
-    return losses, gradients.reshape(problem.source_before.shape), reads
+@dataclass
+class LossFactors:
+    """What the losses of the sources pass back to the outputs, and what one common term passes to the weights.
+
+    Attributes:
+        losses: of each source.
+        cotangents: the gradient of each source's loss by its outputs.
+        penalty: the gradient of a term on the weights that is the same at every source; None where there is none.
+    """
+
+    losses: Float[Tensor, " sources"]
+    cotangents: Float[Tensor, "sources outputs"]
+    penalty: list[Tensor | None] | None = None
+
+
+def loss_factors(problem: Problem) -> LossFactors | str:
+    """The factors of the user's real loss, or why the loss is not one of the outputs and a common term.
+
+    The losses are taken at outputs cut from the model, and compared with real forward passes, where the loss finds
+    what the pass left behind: at some sources of different labels where the loss cannot reach the model, else at all.
+    """
+    outputs = problem.source_before.to(problem.output_dtype)
+    outputs = outputs.squeeze(1) if problem.is_flat else outputs
+    try:
+        losses, cotangents = per_sample_losses(outputs, problem.labels, problem.loss_fn, problem.ignored)
+    except InputError:
+        raise
+    except (RuntimeError, AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+        return f"the loss reads more than the outputs ({type(error).__name__})"
+    found = LossFactors(widened(losses), widened(cotangents).reshape(problem.source_before.shape))
+    penalties = []
+    for source in _sources_to_check(problem):
+        penalty = _cut(problem, source, found)
+        if isinstance(penalty, str):
+            return penalty
+        penalties.append(penalty)
+    if any(any(g is not None for g in penalty) for penalty in penalties):
+        if not all(_alike(penalty, penalties[0]) for penalty in penalties):
+            return "the loss reads activations, or weights in a way that differs between sources"
+        found.penalty = penalties[0]
+    return found
 
 
 def per_sample_losses(
-    outputs: Tensor, labels: Tensor, loss_fn: LossFunction, parameters: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, bool]:
-    """Loss of each sample, its gradient by the outputs, and whether any of the parameters gets one directly."""
+    outputs: Tensor, labels: Tensor, loss_fn: LossFunction, ignored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each sample and its gradient by the outputs; both zero where a label is ignored."""
     outputs = outputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        losses = [as_scalar(loss_fn(row, y)) for row, y in zip(outputs.split(1), labels.split(1), strict=True)]
+        losses = [one_number(loss_fn(row, y)) for row, y in zip(outputs.split(1), labels.clone().split(1), strict=True)]
         total = torch.stack(losses)
         if not total.requires_grad:
             raise InputError(
@@ -56,9 +88,53 @@ def per_sample_losses(
                 got="a loss without gradient",
                 do="return loss_fn(outputs, labels) without detaching",
             )
-        found = torch.autograd.grad(total.sum(), [outputs, *parameters], allow_unused=True)
-    by_outputs = torch.zeros_like(outputs) if found[0] is None else found[0]
-    return total.detach(), by_outputs, any(g is not None for g in found[1:])
+        counted = total if ignored is None else total[~ignored.to(total.device)]
+        gradient = torch.autograd.grad(counted.sum(), outputs, allow_unused=True)[0]
+    by_outputs = torch.zeros_like(outputs) if gradient is None else gradient
+    if ignored is None or not bool(ignored.any()):
+        return total.detach(), by_outputs
+    still = ignored.to(outputs.device)
+    by_outputs = torch.where(still.view(-1, *[1] * (outputs.dim() - 1)), 0.0, by_outputs)
+    return total.detach().masked_fill(still, 0.0), by_outputs
+
+
+def _sources_to_check(problem: Problem) -> list[int]:
+    counted = torch.nonzero(~problem.ignored).flatten().tolist()
+    if problem.subject.loss_meets_model:
+        return counted
+    labels = problem.labels.reshape(problem.n_sources, -1).tolist()
+    firsts: dict[tuple[float, ...], int] = {}
+    for source in counted:
+        firsts.setdefault(tuple(labels[source]), source)
+    return list(firsts.values())[:MOST_LABELS]
+
+
+def _cut(problem: Problem, source: int, factors: LossFactors) -> list[Tensor | None] | str:
+    """What the loss passes to the weights past the outputs, right after a real forward pass of this source."""
+    with torch.enable_grad():
+        output = problem.subject.call(problem.inputs[source : source + 1])
+        leaf = output.detach().requires_grad_()
+        loss = one_number(problem.loss_fn(leaf, problem.labels[source : source + 1].clone()))
+        if not loss.requires_grad:
+            raise no_gradient()
+        by_output, *by_weights = torch.autograd.grad(loss, [leaf, *problem.parameters], allow_unused=True)
+    eps = torch.finfo(problem.output_dtype).eps ** 0.5
+    mine = torch.zeros_like(factors.cotangents[source]) if by_output is None else by_output.detach().reshape(-1)
+    near = (mine - factors.cotangents[source]).abs().max() <= eps * (1e-30 + mine.abs().max() + 1e-3)
+    if not bool(near) or not bool((loss.detach() - factors.losses[source]).abs() <= eps * (1 + loss.detach().abs())):
+        return "the loss reads more than the outputs (activations without their graph, or other samples)"
+    return [None if g is None else g.detach() for g in by_weights]
+
+
+def _alike(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and _close(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e3 * torch.finfo(one.dtype).eps * (one.abs().max() + 1e-30))
 
 
 @dataclass
@@ -70,8 +146,8 @@ class Contracted:
         cotangents: the gradient of each source's loss by its outputs.
         common: the change that the update makes at every target and source, whatever the source; None where none.
         chunk_size: samples captured at once.
-        estimated_seconds: of the work still to do.
         estimated_bytes: captures, blocks and results.
+        notes: what was added to the products.
     """
 
     problem: Problem
@@ -81,7 +157,7 @@ class Contracted:
     common: list[Tensor] | None
     chunk_size: int
     estimated_bytes: int
-    estimated_seconds: float = float("nan")
+    notes: list[str] = field(default_factory=list)
 
     def work(self, advance: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
         """First-order change of every target and at the sources themselves."""
@@ -121,9 +197,19 @@ class Contracted:
         parts = x.split(max(self.problem.target_chunk_size, 1))
         return torch.cat([first_order_change(self.problem, directions, part) for part in parts])
 
+    def change_of(self, source: int, n_targets: int) -> Float[Tensor, "targets outputs"]:
+        """First-order change of the first targets by one source."""
+        problem, some = self.problem, slice(source, source + 1)
+        targets = problem.targets[:n_targets]
+        units = unit_cotangents(len(targets), problem.n_outputs, problem.before)
+        change = contract(
+            problem.model, problem.inputs[some], self.cotangents[some], targets, units, contraction=self.contraction
+        )
+        return change[0] if self.common is None else change[0] + self._along(self.common, targets)
+
 
 def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None) -> Contracted | str:
-    """Make the route ready, check that it is right for this model, and time a pilot; or say why it is not admissible.
+    """Make the route ready and check that it is right for this model and loss; or say why it is not admissible.
 
     Raises:
         InputError: for a model whose outputs mix samples, a loss that is not finite, or too small a memory.
@@ -131,24 +217,31 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
     affine = problem.step.affine()
     if affine is None:
         return "the update is not affine in the gradient"
-    losses, cotangents, reads_weights = loss_gradients(problem)
-    for source in torch.nonzero(~torch.isfinite(losses)).flatten().tolist():
-        problem.check_loss(losses[source], source)
-    if reads_weights:
-        return "the loss reads the weights directly, not only through the outputs"
-    factors, common = affine
-    if common is not None:
-        # a parameter without gradient stays where it is: neither momentum nor decay moves it
-        gradients = problem.gradient(0)[1]
-        common = [torch.zeros_like(d) if g is None else d for d, g in zip(common, gradients, strict=True)]
+    if any(p.is_complex() for p in problem.parameters):
+        return "complex weights"
+    if problem.subject.why_not_by_slots(problem.parameters) == SHARED_MEMORY:
+        return SHARED_MEMORY
+    scales, common = affine
     item = problem.before.element_size()
     pairs = problem.n_sources * problem.n_targets * problem.n_outputs * item
     results = 3 * pairs  # the contraction, the change and after
     budget = DEFAULT_BYTES if max_memory is None else max_memory - results
     block = min(BLOCK_BYTES, max(budget // 8, 2**16))
     contraction = Contraction(
-        problem.model, problem.targets, parameters=problem.parameters, scales=factors, block_bytes=block
+        problem.model, problem.targets, parameters=problem.parameters, scales=scales, block_bytes=block
     )
+    factors = loss_factors(problem)
+    if isinstance(factors, str):
+        return factors
+    for source in torch.nonzero(~torch.isfinite(factors.losses)).flatten().tolist():
+        problem.check_loss(factors.losses[source], source)
+    notes = []
+    if common is not None:
+        # a parameter without gradient stays where it is: neither momentum nor decay moves it
+        common = [torch.zeros_like(d) if i in problem.idle else d for i, d in enumerate(common)]
+    if factors.penalty is not None:
+        common = _with_penalty(problem, scales, common, factors.penalty)
+        notes.append("a term of the loss on the weights, alike at every source, is added to the products")
     k, n = problem.n_outputs, max(problem.n_sources, problem.n_targets)
     left_over = sum(problem.parameters[i].numel() for i in contraction.left_over) * item * 2 * (k + 1)
     least = int(results + 2 * contraction.bytes_per_sample(k + 1) + 4 * block + left_over)
@@ -156,56 +249,21 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
     spare = budget - 4 * block - left_over if max_memory is not None else budget
     chunk = chunk_size or chunk_for(contraction, k + 1, n, spare // 2)
     captured = int(contraction.bytes_per_sample(k + 1) * min(chunk, n) * (1 if problem.n_targets <= chunk else 2))
-    made = Contracted(
-        problem, contraction, losses, cotangents, common, chunk, results + captured + 4 * block + left_over
+    return Contracted(
+        problem,
+        contraction,
+        factors.losses,
+        factors.cotangents,
+        common,
+        chunk,
+        results + captured + 4 * block + left_over,
+        notes,
     )
-    made.estimated_seconds = _pilot(made)
-    return made
 
 
-def _pilot(made: Contracted) -> float:
-    """Time captures and products of a sixteenth of the samples on each side, and carry them to all."""
-    problem, contraction = made.problem, made.contraction
-    n, m, k = problem.n_sources, problem.n_targets, problem.n_outputs
-    few, some = min(n, max(4, n // PILOT_SHARE)), min(m, max(8, m // PILOT_SHARE))
-    few, some = min(few, made.chunk_size), min(some, made.chunk_size)
-    same = problem.inputs is problem.targets
-    units = unit_cotangents(some, k, problem.before)
-    half = max(1, some // 2)
-    small, _ = _timed(lambda: contraction.capture(problem.targets[:half], units[:half]))
-    large, right = _timed(lambda: contraction.capture(problem.targets[:some], units))
-    slope = max(0.0, (large - small) / max(some - half, 1))
-    slope = slope or large / some
-    fixed = max(0.0, large - slope * some)
-    chunks, passes = -(-n // made.chunk_size), -(-m // made.chunk_size)
-    turns = chunks * passes if passes > 1 else 1
-    seconds = turns * fixed + chunks * slope * m if passes > 1 else fixed + slope * m
-    if not same:
-        one, left = _timed(lambda: contraction.capture(problem.inputs[:few], made.cotangents[:few].unsqueeze(1)))
-        seconds += one / few * n
-    else:
-        left = right.combined(made.cotangents[:some].unsqueeze(1))
-        few = some
-    out = problem.before.new_zeros((1, few, k, some))
-    product = _timed(lambda: contraction.add_products(left, right, out))[0]
-    done = contraction.operations(left, right, few, some)
-    seconds += product * contraction.operations(left, right, n, m) / max(done, 1.0)
-    if contraction.left_over:
-        chosen = [problem.parameters[i] for i in contraction.left_over]
-        two = _timed(lambda: per_sample_gradients(problem.model, chosen, problem.targets[:2], units[:2]))[0]
-        seconds += two / len(problem.targets[:2]) * (m + n / max(k, 1))
-    strangers = int((problem.self_index < 0).sum())
-    if strangers:
-        seconds += 2 * slope * strangers
-    # reading and writing the results: the transposed copy, and after = before + change
-    flow = torch.zeros(min(n * m * k, 2**20), dtype=problem.before.dtype, device=problem.before.device)
-    copied = _timed(lambda: flow + 1)[0]
-    return seconds + 4 * copied * n * m * k / len(flow)
-
-
-def _timed(work: Callable[[], T]) -> tuple[float, T]:
-    started = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
+def _with_penalty(
+    problem: Problem, scales: Sequence[float], common: list[Tensor] | None, penalty: list[Tensor | None]
+) -> list[Tensor]:
+    """The direction that a term on the weights adds to every source's step."""
+    start = [torch.zeros_like(p) for p in problem.parameters] if common is None else common
+    return [d if g is None else d.add(g, alpha=s) for d, g, s in zip(start, penalty, scales, strict=True)]

@@ -22,7 +22,7 @@ from local_elasticity.errors import InputError
 from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager, transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
-from local_elasticity.impact.state import call_at
+from local_elasticity.impact.subject import call, call_at
 
 PROBE = 5  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
 BLOCK_BYTES = 32 * 2**20
@@ -82,8 +82,8 @@ class Contraction:
     def _check_samples(self, x: Tensor) -> int:
         """The outputs of a sample must not depend on its company."""
         with eager(self.model):
-            together = check_output(self.model(x), len(x))
-            again = check_output(self.model(x[:1]), 1)[0]
+            together = check_output(call(self.model, x), len(x))
+            again = check_output(call(self.model, x[:1]), 1)[0]
         scale = float(together.abs().max())
         tolerance = torch.finfo(together.dtype).eps ** 0.5 * max(scale, 1e-30)
         if torch.is_autocast_enabled(x.device.type):
@@ -622,7 +622,7 @@ def _one_by_one(model: nn.Module, parameters: Sequence[nn.Parameter], x: Tensor,
     made = []
     for sample, rows in zip(x.split(1), cotangents, strict=True):
         with torch.enable_grad(), eager(model):
-            out = check_output(model(sample), 1)
+            out = check_output(call(model, sample), 1)
             for row in rows:
                 got = torch.autograd.grad(
                     out, list(parameters), row.unsqueeze(0).to(out), retain_graph=True, allow_unused=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from typing import Literal
@@ -15,8 +14,10 @@ from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
 from local_elasticity.impact.plan import check_memory
+from local_elasticity.impact.problem import all_converted, asked, measured_in
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, Subject, preserved
+from local_elasticity.impact.wrappers import inner_module
 
 Form = Literal["full", "trace"] | int
 
@@ -60,16 +61,14 @@ def kernel(
     Source: Jacot, Gabriel, Hongler, "Neural Tangent Kernel" (arXiv:1806.07572), at the weights as they are.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         sources = checks.check_targets(xs)
         targets = sources if xt is None else checks.check_targets(xt)
-        if dtype is not None:
-            model = copy.deepcopy(model).to(dtype)
-            same = targets is sources
-            sources = sources.to(dtype) if sources.is_floating_point() else sources
-            targets = sources if same else (targets.to(dtype) if targets.is_floating_point() else targets)
-        with preserved(model, mode):
-            contraction = _prepared(model, sources, max_memory)
+        kind, only_narrow = measured_in(model, dtype)
+        sources, _, targets = all_converted((sources, sources, targets), kind, only_narrow)
+        with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
+            contraction = _prepared(subject, sources, max_memory)
             outputs = _chosen_outputs(form, contraction.n_outputs)
             rows = len(outputs) if form == "full" else 1
             own = parameters_dtype(model).itemsize
@@ -116,10 +115,13 @@ def kernel_diagonal(
         InputError: as ``kernel``.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         x = checks.check_targets(xs)
-        with preserved(model, mode):
-            contraction = _prepared(model, x, None)
+        kind, only_narrow = measured_in(model, None)
+        x = all_converted((x, x, x), kind, only_narrow)[0]
+        with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
+            contraction = _prepared(subject, x, None)
             found = torch.zeros(len(x), dtype=parameters_dtype(model), device=x.device)
             for output in _chosen_outputs(form, contraction.n_outputs):
                 for some in torch.arange(len(x)).split(chunk_for(contraction, 1, len(x), WORKING_BYTES)):
@@ -138,11 +140,16 @@ def parameters_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.requires_grad)
 
 
-def _prepared(model: nn.Module, x: Tensor, max_memory: int | None) -> Contraction:
-    if any(module.training for module in model.modules()):
+def _prepared(subject: Subject, x: Tensor, max_memory: int | None) -> Contraction:
+    if any(module.training for module in subject.model.modules()):
         raise InputError(expected="mode='eval' for a kernel", got="modules in train mode", do="use mode='eval'")
+    if any(p.is_complex() for p in subject.model.parameters()):
+        raise InputError(
+            expected="real weights for a kernel", got="complex ones", do="use le.measure, which takes complex weights"
+        )
     block = min(BLOCK_BYTES, max((max_memory or WORKING_BYTES) // 8, 2**16))
-    return Contraction(model, x, block_bytes=block)
+    asked(subject, x[:1])
+    return subject.check_quiet(lambda: Contraction(subject.model, x, block_bytes=block))
 
 
 def _cotangents(outputs: list[int], contraction: Contraction, x: Tensor) -> Float[Tensor, "samples rows outputs"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from contextlib import nullcontext
@@ -18,10 +17,11 @@ from local_elasticity.impact import checks
 from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
 from local_elasticity.impact.plan import MemoryMeter, Plan
-from local_elasticity.impact.problem import LossFunction, Problem
+from local_elasticity.impact.problem import LossFunction, Problem, all_converted, measured_in
 from local_elasticity.impact.replay import measure_replay
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.trimming import trimmed
+from local_elasticity.impact.wrappers import check_alone, inner_module
 from local_elasticity.updates import Update
 
 Engine = Literal["auto", "replay", "linear"]
@@ -46,6 +46,7 @@ class Impact:
         update: name of the update.
         plan: how it was done and what it cost.
         noise_floor: float noise of the output at each target.
+        independent: whether the labels or the loss show that the outputs are not one distribution over classes.
         linearization_error: ‖finite - first-order change‖ / ‖finite change‖ on the checked pairs (NaN: unchecked).
     """
 
@@ -62,6 +63,7 @@ class Impact:
     plan: Plan
     noise_floor: Float[Tensor, " targets"]
     linearization_error: float = float("nan")
+    independent: bool = False
     below_noise: Bool[Tensor, "sources targets"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,14 +84,16 @@ def measure(
     target_chunk_size: int | None = None,
     route: Route | None = None,
     mode: Mode = "eval",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["as_is"] | None = None,
     check_pairs: int = 8,
     max_memory: int | None = None,
     progress: bool = False,
 ) -> Impact:
     """Measure how much one update at each source moves the output at every target (spec srel 1.1, 1.7).
 
-    The model, its buffers, gradients, flags and the random streams are bit for bit the same afterwards.
+    All that the model and the loss can reach is bit for bit the same afterwards: weights, buffers, attributes,
+    gradients, flags, inputs, generators and random streams. Every forward pass starts from the same state, so no look
+    depends on another. Changes of two sources are compared with a real step on every route.
 
     Args:
         model: any module whose output is (batch, K) or (batch,).
@@ -100,14 +104,16 @@ def measure(
         engine: "replay" takes the finite step; "linear" its first-order limit. "auto" is "linear" where that says the
             same for less: 16 sources or more, an update that is affine in the gradient (SGD with or without momentum
             and decay), first-order change of the checked pairs within 1 % of the finite one (or the finite one lost
-            in rounding), and fewer predicted seconds; else "replay". ``plan.notes`` says what decided.
+            in rounding), and fewer passes by count; else "replay". ``plan.notes`` says what decided.
         outputs: what the model emits; probability definitions refuse "values".
-        chunk_size: sources at once (engine linear: samples captured at once); by default chosen by a pilot.
+        chunk_size: sources at once (engine linear: samples captured at once); by default chosen by counting.
         target_chunk_size: targets in one forward pass; all of them by default.
         route: "step" or "vmap" for replay, "contract" (all pairs at once) or "jvp" (source by source, any update) for
-            linear; by default chosen by timing a few. Forcing it makes runs repeatable.
+            linear; by default chosen by counting weights, samples and outputs (docs/engines.md), never by the clock.
+            A forced route that differs from a real step is refused.
         mode: "eval", "train" or "as_is" for the module's flags during the measurement.
-        dtype: measure on a copy converted to this dtype, for example ``torch.float64``.
+        dtype: measure in this dtype, for example ``torch.float64``: every tensor that the model or the loss holds is
+            converted for the time being. Weights of 16 bits are measured in float32 unless it is "as_is".
         check_pairs: targets of the first source at which the other engine is asked too; 0 turns the check off.
         max_memory: bytes that copies of weights and results may take.
         progress: show the estimate, then a progress bar.
@@ -125,30 +131,29 @@ def measure(
     if route is not None:
         _check_choice("route", route, Route)
     with torch.inference_mode(False):
+        model = inner_module(model)
+        check_alone(model, mode)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)
+        kind, only_narrow = measured_in(model, dtype)
         originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if dtype is not None:
-            model = copy.deepcopy(model).to(dtype)
-            labels = _converted(labels, dtype)
-            converted = _converted(inputs, dtype)
-            looked_at = converted if looked_at is inputs else _converted(looked_at, dtype)
-            inputs = converted
+        inputs, labels, looked_at = all_converted((inputs, labels, looked_at), kind, only_narrow)
+    with preserved(model, mode, loss_fn, kind, only_narrow) as subject:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.inference_mode(False), preserved(model, mode) as streams:
         step = update.bind(parameters, originals)
-        problem = Problem(model, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size, streams)
+        problem = Problem(subject, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size)
+        problem.look_before(outputs)
         run, notes = measure_linear, []
         if engine == "auto":
-            problem.look_before(outputs)
             run, notes = choose(
                 problem, chunk_size=chunk_size, route=route, check_pairs=check_pairs, max_memory=max_memory
             )
         elif engine == "replay":
             run = measure_replay
-        with trimmed(problem, outputs) if run is measure_replay else nullcontext(0) as left_out:
-            problem.look_before(outputs)
+        with trimmed(problem) if run is measure_replay else nullcontext(0) as left_out:
+            if left_out:
+                problem.look_before(outputs)
             meter = MemoryMeter(next(iter(parameters.values())).device)
             result = run(
                 problem,
@@ -159,10 +164,16 @@ def measure(
                 progress=progress,
                 meter=meter,
             )
-        result.plan.notes += notes
-        if left_out:
-            result.plan.notes.append(f"{left_out:,} weights only ever meet padding and were left out")
+        problem.check_late_draws()
     plan: Plan = result.plan
+    plan.notes[:0] = notes
+    plan.notes += problem.notes
+    if left_out:
+        plan.notes.append(f"{left_out:,} weights only ever meet padding and were left out")
+    if only_narrow:
+        plan.notes.append("weights of 16 bits are measured on float32 copies (dtype='as_is' measures them as they are)")
+    if subject.reach.is_cut:
+        plan.notes.append("some state is too large to be watched: containers of over 1,000 items, arrays of over 1 MiB")
     plan.peak_bytes = meter.rise
     plan.measured_seconds = time.perf_counter() - started
     impact = Impact(
@@ -179,9 +190,10 @@ def measure(
         plan=plan,
         noise_floor=problem.noise_floor,
         linearization_error=result.linearization_error,
+        independent=problem.independent,
     )
     if plan.engine == "replay":
-        _warn_of_noise(impact)
+        _warn_of_noise(impact, problem.ignored)
     return impact
 
 
@@ -191,12 +203,8 @@ def _check_choice(name: str, value: str, kind: object) -> None:
         raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
 
 
-def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
-
-
-def _warn_of_noise(impact: Impact) -> None:
-    flagged = int(impact.below_noise.sum())
+def _warn_of_noise(impact: Impact, ignored: Tensor) -> None:
+    flagged = int(impact.below_noise[~ignored.to(impact.below_noise.device)].sum())
     if flagged and bool(impact.change.any()):
         warnings.warn(
             f"{flagged} of {impact.below_noise.numel()} pairs move less than ten times the noise of their target: "

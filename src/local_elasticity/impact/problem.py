@@ -1,20 +1,41 @@
-"""The problem that every engine solves: a model, sources, targets, a step; and the outputs before the step."""
+"""The problem that every engine solves: a model, sources, targets, a step; and the outputs before the step.
+
+All outputs and losses of every engine and route come from here, by way of the `Subject`: each forward pass starts from
+the same state, and the loss is the user's real one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact.checks import check_labels, check_output
-from local_elasticity.impact.state import set_random_state
+from local_elasticity.impact.losses import (
+    cancelling_class_weights,
+    check_class_weights,
+    ignored_labels,
+    ignores,
+    one_distribution,
+    one_number,
+    read_loss,
+)
+from local_elasticity.impact.shadows import private
+from local_elasticity.impact.subject import Subject
 from local_elasticity.updates import Step
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Gradients = list[Tensor | None]
+
+_USER_ERRORS = (
+    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
+)  # fmt: skip
 
 
 class Problem:
@@ -22,31 +43,57 @@ class Problem:
 
     A source that is no target is looked at in one batch with the targets; ``look_before`` uses batches of the same
     size for it, so that before and after go through the same kernels.
+
+    Args:
+        subject: the model and its loss, entered.
+        loss_fn: ``loss_fn(outputs, labels)``.
+        inputs: of the sources.
+        labels: of the sources.
+        targets: inputs where we look.
+        parameters: the trainable weights by name.
+        step: the update, bound to them.
+        target_chunk_size: targets in one forward pass; None for all.
+
+    Attributes:
+        ignored: sources whose label the loss ignores: their gradient is zero.
+        first_source: the first that is not ignored.
+        independent: whether the labels or the loss show that the outputs are not one distribution.
+        notes: what the loss says that the user should know.
+        idle: positions of the parameters without gradient.
+        is_flat: whether the model's own outputs are (batch,).
+        output_dtype: of the model's own outputs.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        subject: Subject,
         loss_fn: LossFunction,
         inputs: Tensor,
         labels: Tensor,
         targets: Tensor,
         parameters: dict[str, nn.Parameter],
         step: Step,
-        target_chunk_size: int | None,
-        streams: dict[str, Any],
+        target_chunk_size: int | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.step, self.streams = model, loss_fn, step, streams
+        self.subject, self.model, self.loss_fn, self.step = subject, subject.model, loss_fn, step
         self.inputs, self.labels, self.targets = inputs, labels, targets
         self.parameters = list(parameters.values())
+        self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
+        self.first_source = 0
+        self.independent = False
+        self.notes: list[str] = []
         self.self_index = match_rows(inputs, targets)
         self.n_sources, self.n_targets = len(inputs), len(targets)
         self.has_strangers = bool((self.self_index < 0).any())
         rows = self.n_targets + self.has_strangers
         self.target_chunk_size = min(rows, target_chunk_size or rows)
-        # Modules in train mode may draw random numbers and write buffers: every sweep then starts from the same ones.
-        self.stochastic = any(module.training for module in model.modules())
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if self.stochastic else []
+        # Modules in train mode mix the samples of a batch, draw random numbers and write buffers.
+        self.in_train_mode = any(module.training for module in self.model.modules())
+        self.output_dtype = torch.get_default_dtype()
+        self.idle: set[int] = set()
+        self._first_gradient: tuple[Tensor, Gradients] | None = None
+        self._is_examined = False
+        self.is_flat = False
         self.before: Float[Tensor, "targets outputs"]
         self.source_before: Float[Tensor, "sources outputs"]
         self.noise_floor: Float[Tensor, " targets"]
@@ -56,30 +103,53 @@ class Problem:
         """K."""
         return self.before.shape[1]
 
-    def _rewind(self) -> None:
-        if self.stochastic:
-            set_random_state(self.streams)
-            for buffer, value in self.buffers:
-                buffer.data.copy_(value)  # through .data: a graph that the caller built before stays valid
+    @property
+    def restless(self) -> str | None:
+        """Why forward passes are not all alike, in words; None where they are."""
+        if self.in_train_mode:
+            return "modules in train mode"
+        if self.subject.draws:
+            return "a forward pass or a loss that draws random numbers"
+        kinds = {"buffer": "buffers", "generator": "a generator", "tensor": "tensors in place", "weights": "weights"}
+        moved = [word for kind, word in kinds.items() if kind in self.subject.moved]
+        return f"a forward pass or a loss that moves {', '.join(moved)}" if moved else None
+
+    # -- outputs ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's outputs at ``x`` in chunks, as (batch, K)."""
-        self._rewind()
+        """The model's outputs at ``x`` in chunks, as (batch, K); of 16 bits widened to 32."""
         with torch.no_grad():
-            parts = [check_output(self._call(part), len(part)) for part in x.split(self.target_chunk_size)]
+            parts = [self._outputs(part) for part in x.split(self.target_chunk_size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _call(self, x: Tensor) -> Tensor:
-        try:
-            return self.model(x)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                expected="more than one value per channel for BatchNorm in train mode",
-                got="a single sample",
-                do="measure with mode='eval'",
-            ) from error
+    def _outputs(self, x: Tensor) -> Tensor:
+        output = check_output(raw := self._call(x), len(x))
+        self.is_flat, self.output_dtype = raw.dim() == 1, output.dtype
+        return widened(output)
+
+    def _call(self, x: Tensor) -> Any:
+        if self._is_examined:
+            return self.subject.call(x)
+        return _asked("the model", self.subject.call, x)
+
+    def output_at(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The outputs with other tensors in the place of the weights, for transforms of ``torch.func``."""
+        with self.subject.standing_in(self.parameters, values):
+            return widened(check_output(self.model(x.clone()), len(x)))
+
+    def loss_at(self, values: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """The loss of one sample with other tensors in the place of the weights, for the loss too."""
+        with self.subject.standing_in(self.parameters, values):
+            return self._scaled(one_number(self.loss_fn(self.model(x.clone()), y.clone())))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.step.loss_scale == 1 else loss * self.step.loss_scale
+
+    @contextmanager
+    def weights_at(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Let the weights be other values."""
+        with self.subject.weights_at(self.parameters, values):
+            yield
 
     def rows(self, source: int) -> Tensor:
         """What is looked at after the step of a source: the targets, and the source itself where it is none of them."""
@@ -87,10 +157,11 @@ class Problem:
             return self.targets
         return torch.cat([self.targets, self.inputs[source : source + 1]])
 
+    # -- before the step --------------------------------------------------------------------------------------------
+
     def look_before(self, outputs: str) -> None:
         """Outputs before the step, the noise of each target, and the checks that need an output."""
-        first = self.forward(self.rows(0))
-        check_labels(self.labels, first.shape[1], outputs)
+        first = self.forward(self.rows(0)) if self._is_examined else self._examine(outputs)
         self.before = first[: self.n_targets].detach()
         self.noise_floor = self._noise()
         self.source_before = self.before[self.self_index.clamp(min=0)].clone()
@@ -101,49 +172,204 @@ class Problem:
             padded = (some * size)[:size]
             self.source_before[some] = self.forward(self.inputs[padded])[: len(some)]
 
+    def _examine(self, outputs: str) -> Tensor:
+        """The first forward pass and the first gradient: what they move, and whether they draw random numbers."""
+
+        def work() -> tuple[Tensor, tuple[Tensor, Gradients] | None]:
+            first = self.forward(self.rows(0))
+            self._read_labels(first.shape[1], outputs)
+            return first, None if bool(self.ignored.all()) else self._gradient(self.first_source, examine=True)
+
+        first, gradient = self.subject.find_draws(work)
+        self.subject.rewind()
+        self._is_examined = True
+        if self.subject.restless:
+            return self.forward(self.rows(0))
+        self._first_gradient = gradient
+        return first
+
+    def _read_labels(self, n_outputs: int, outputs: str) -> None:
+        """What the loss says of the labels: which it ignores, which are out of range, what its outputs stand for."""
+        with torch.no_grad():
+            output = self._call(self.inputs[:1])
+        check_output(output, 1)
+        calls = read_loss(self.loss_fn, output, self.labels[:1].clone())
+        ignored = ignored_labels(self.labels, calls)
+        if self.labels.dim() == 1 and not self.labels.is_floating_point():
+            outside = ((self.labels < 0) | (self.labels >= n_outputs)) & ~ignored
+            for label in self.labels[outside].unique():
+                same = self.labels == label
+                if ignores(self.loss_fn, output, self.labels[same][:1]):
+                    ignored |= same
+        counted = self.labels[~ignored]
+        if len(counted):
+            check_labels(counted, n_outputs, outputs)
+            self.independent = not one_distribution(counted, n_outputs, calls)
+        check_class_weights(calls, self.labels)
+        note = cancelling_class_weights(calls, self.labels)
+        self.notes += [] if note is None else [note]
+        self.ignored = ignored.cpu()
+        self.first_source = int((~self.ignored).int().argmax())
+
     def _noise(self) -> Float[Tensor, " targets"]:
         """Largest difference over two batch compositions, at least 4 ulp of the largest output."""
-        if self.stochastic:
+        if self.restless:
             difference = torch.zeros_like(self.before[:, 0])
         else:
             half = self.n_targets // 2 + 1
             other = torch.cat([self.forward(part) for part in self.targets.flip(0).split(half)]).flip(0)
             difference = (other - self.before).abs().amax(dim=1)
-        ulp = 4 * torch.finfo(self.before.dtype).eps * self.before.abs().amax(dim=1)
+        ulp = 4 * torch.finfo(self.output_dtype).eps * self.before.abs().amax(dim=1)
         return torch.maximum(difference, ulp)
 
-    def gradient(self, source: int) -> tuple[Tensor, list[Tensor | None]]:
-        """Loss at one source and its gradient; the parameters' own ``.grad`` is not touched."""
-        self._rewind()
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def gradient(self, source: int) -> tuple[Tensor, Gradients]:
+        """Loss at one source and its gradient, as the step takes it; the parameters' ``.grad`` is not touched."""
+        if source == self.first_source and self._first_gradient is not None:
+            first, self._first_gradient = self._first_gradient, None  # it is as large as the weights
+            return first
+        return self._gradient(source)
+
+    def forget_first_gradient(self) -> None:
+        """The weights are others now."""
+        self._first_gradient = None
+
+    def _gradient(self, source: int, examine: bool = False) -> tuple[Tensor, Gradients]:
+        if self.ignored[source]:
+            still = [None if i in self.idle else torch.zeros_like(p) for i, p in enumerate(self.parameters)]
+            return self.parameters[0].detach().new_zeros(()), still
         with torch.enable_grad():
-            output = self._call(self.inputs[source : source + 1])
-            check_output(output, 1)
-            loss = as_scalar(self.loss_fn(output, self.labels[source : source + 1]))
+            _, loss = self.loss(source)
             if not loss.requires_grad:
-                raise InputError(
-                    expected="a loss that depends on the model's trainable parameters",
-                    got="a loss without gradient",
-                    do="return loss_fn(outputs, labels) without detaching",
-                )
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                raise no_gradient()
+            if examine:
+                _refuse_hidden_graph(loss)
+            gradients = torch.autograd.grad(self._scaled(loss), self.parameters, allow_unused=True)
+        if examine:
+            self.idle = {index for index, gradient in enumerate(gradients) if gradient is None}
+        if "weights" in self.subject.moved or self.subject.weights_written():
+            self.subject.moved.add("weights")
+            self.step.weights[:] = [p.detach() for p in self.parameters]
         return loss.detach(), [None if g is None else g.detach() for g in gradients]
+
+    def loss(self, source: int) -> tuple[Tensor, Tensor]:
+        """The model's own output at one source, and the user's loss there, both with their graph."""
+        some = slice(source, source + 1)
+        output = self._call(self.inputs[some])
+        check_output(output, 1)
+        y = private(self.labels[some])
+        loss = (
+            self.loss_fn(output, y)
+            if self._is_examined
+            else _asked("loss_fn(outputs, labels)", self.loss_fn, output, y)
+        )
+        return output, one_number(loss)
 
     def check_loss(self, loss: Tensor, source: int) -> None:
         """Refuse a loss that is not finite."""
-        if not bool(torch.isfinite(loss)):
+        if not self.ignored[source] and not bool(torch.isfinite(loss)):
             raise InputError(
                 expected="a finite loss at every source",
                 got=f"loss {float(loss)} at source {source}",
                 do="measure before training diverges, and check the labels and the loss function",
             )
 
+    def check_late_draws(self) -> None:
+        """See ``Subject.check_late_draws``."""
 
-def as_scalar(loss: Tensor) -> Tensor:
-    """The loss of one sample as a scalar; one number in any shape will do."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(expected="one number from loss_fn for one sample", got=got, do="reduce over the outputs")
-    return loss.reshape(())
+        def work() -> None:
+            for source in range(self.n_sources):
+                self._gradient(source)
+
+        self.subject.check_late_draws(work)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Outputs of 16 bits in 32, so that their differences are."""
+    return x.float() if x.is_floating_point() and x.element_size() == 2 else x
+
+
+def measured_in(model: nn.Module, dtype: torch.dtype | Literal["as_is"] | None) -> tuple[torch.dtype | None, bool]:
+    """The dtype to convert to, None for none; and whether tensors of 16 bits alone are."""
+    if dtype is None:
+        narrow = any(p.requires_grad and p.is_floating_point() and p.element_size() == 2 for p in model.parameters())
+        return (torch.float32, True) if narrow else (None, False)
+    return (None if dtype == "as_is" else dtype), False
+
+
+def all_converted(
+    tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None, only_narrow: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, labels and targets in another dtype; targets that are the inputs stay the same tensor."""
+    if dtype is None:
+        return tensors
+    inputs, labels, targets = tensors
+    other = _converted(inputs, dtype, only_narrow)
+    rest = other if targets is inputs else _converted(targets, dtype, only_narrow)
+    return other, _converted(labels, dtype, only_narrow), rest
+
+
+def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
+    if only_narrow and x.element_size() != 2:
+        return x
+    if x.is_complex():
+        return x.to(dtype.to_complex())
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def asked(subject: Subject, x: Tensor) -> Any:
+    """A first forward pass: what the model raises is told in our words."""
+    with torch.no_grad():
+        return _asked("the model", subject.call, x)
+
+
+def _asked(who: str, work: Callable[..., Any], *args: Tensor) -> Any:
+    """The first call of something that the user brought: what it raises is told in our words."""
+    try:
+        return work(*args)
+    except InputError:
+        raise
+    except _USER_ERRORS as error:
+        text = str(error).strip().splitlines()
+        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}" for x in args)
+        if "more than 1 value per channel" in str(error):
+            raise InputError(
+                expected="more than one value per channel for BatchNorm in train mode",
+                got="a single sample",
+                do="measure with mode='eval'",
+            ) from error
+        raise InputError(
+            expected=f"{who} to take {shapes}",
+            got=f"{type(error).__name__}: {text[0] if text else 'without a word'}",
+            do="call it yourself with one such batch; dtype, device and shape must be those that it was made for",
+        ) from error
+
+
+def no_gradient() -> InputError:
+    """The error for a loss without a graph."""
+    return InputError(
+        expected="a loss that depends on the model's trainable parameters",
+        got="a loss without gradient",
+        do="return loss_fn(outputs, labels) without detaching",
+    )
+
+
+def _refuse_hidden_graph(loss: Tensor) -> None:
+    """Refuse reentrant checkpoints: weights used only inside are not seen by ``torch.autograd.grad``."""
+    nodes, known = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise InputError(
+                expected="gradients that autograd can follow to the weights",
+                got="a reentrant checkpoint, which hides the weights used inside",
+                do="call torch.utils.checkpoint.checkpoint with use_reentrant=False",
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def match_rows(inputs: Tensor, targets: Tensor) -> Int[Tensor, " sources"]:
@@ -160,5 +386,5 @@ def match_rows(inputs: Tensor, targets: Tensor) -> Int[Tensor, " sources"]:
 
 
 def _row_bytes(x: Tensor) -> list[bytes]:
-    flat = x.detach().cpu().contiguous().reshape(len(x), -1)
+    flat = x.detach().cpu().contiguous().reshape(len(x), math.prod(x.shape[1:]))
     return [row.tobytes() for row in flat.view(torch.uint8).numpy()]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
+from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Impact, measure
 from local_elasticity.impact.problem import LossFunction, match_rows
+from local_elasticity.impact.wrappers import inner_module
 from local_elasticity.updates import Update
 
 _BY_SOURCE = ("after", "change", "source_before", "source_after", "source_change", "losses")
@@ -42,47 +46,93 @@ def measure_across_ranks(
         group: the process group; the default one unless given.
         **settings: other arguments of ``measure``.
 
+    Returns:
+        The impact of all sources, on every rank.
+
     Raises:
-        InputError: when the ranks hold different weights, and for what ``measure`` refuses.
+        InputError: on every rank, when they hold different weights or samples, and for what ``measure`` refuses on any
+            of them.
     """
     dist = torch.distributed
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    inputs, labels = sources
+    model = inner_module(model)
+    inputs, labels = check_sources(sources)
     looked_at = inputs if targets is None else targets
     if not dist.is_available() or not dist.is_initialized():
         return measure(model, loss_fn, sources, targets, update=update, engine=engine, **settings)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     _check_same_weights(model, world, group)
+    _check_same_call((inputs, labels, looked_at), f"{getattr(update, 'name', update)} {engine}", world, group)
     share = torch.arange(len(inputs)).tensor_split(world)[rank]
     mine = share if len(share) else torch.tensor([0])  # more ranks than sources: what is measured then is left out
     place = mine.to(inputs.device)
-    found = measure(model, loss_fn, (inputs[place], labels[place]), looked_at, update=update, engine=engine, **settings)
+
+    def measured() -> Impact:
+        return measure(
+            model, loss_fn, (inputs[place], labels[place]), looked_at, update=update, engine=engine, **settings
+        )
+
+    impact = _on_every_rank(measured, rank, world, group)
     parts: list[Any] = [None] * world
-    own = {name: getattr(found, name)[: len(share)].cpu() for name in _BY_SOURCE}
+    own = {name: getattr(impact, name)[: len(share)].cpu() for name in _BY_SOURCE}
     dist.all_gather_object(parts, own, group=group)
-    whole = {name: torch.cat([part[name] for part in parts]).to(found.before.device) for name in _BY_SOURCE}
-    found.plan.notes.append(f"{len(share)} of {len(inputs)} sources on rank {rank} of {world}")
-    return Impact(
-        before=found.before,
-        **whole,
-        self_index=match_rows(inputs, looked_at),
-        outputs=found.outputs,
-        update=found.update,
-        plan=found.plan,
-        noise_floor=found.noise_floor,
-        linearization_error=found.linearization_error,
+    whole = {name: torch.cat([part[name] for part in parts]).to(impact.before.device) for name in _BY_SOURCE}
+    impact.plan.notes.append(f"{len(share)} of {len(inputs)} sources on rank {rank} of {world}")
+    return replace(impact, **whole, self_index=match_rows(inputs, looked_at))
+
+
+def _on_every_rank(measured: Callable[[], Impact], rank: int, world: int, group: Any) -> Impact:
+    """What is measured here; when any rank fails, all of them do, because those that did not would wait for it."""
+    impact, failure = None, None
+    try:
+        impact = measured()
+    except Exception as error:
+        failure = error
+    failures: list[Any] = [None] * world
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    torch.distributed.all_gather_object(failures, text, group=group)
+    if failure is not None:
+        raise failure
+    failed = [(other, words) for other, words in enumerate(failures) if words is not None]
+    if failed or impact is None:
+        other, words = failed[0]
+        raise InputError(
+            expected="a measurement on every rank",
+            got=f"on rank {other}, {words}",
+            do=f"mend what rank {other} says; rank {rank} had nothing to complain of",
+        )
+    return impact
+
+
+def _check_same_call(samples: tuple[Tensor, ...], words: str, world: int, group: Any) -> None:
+    """Ranks that hold different samples, as a distributed sampler deals them out, would make one table of them."""
+    _check_same(
+        [*samples],
+        words,
+        world,
+        group,
+        expected="the same sources, targets, update and engine on every rank",
+        do="pass all sources and targets to every rank: each takes its share of the sources by itself",
     )
 
 
 def _check_same_weights(model: nn.Module, world: int, group: Any) -> None:
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    _check_same(
+        list(model.state_dict().values()),
+        "",
+        world,
+        group,
+        expected="the same weights and buffers on every rank",
+        do="broadcast them first, or train with DistributedDataParallel",
+    )
+
+
+def _check_same(tensors: list[Any], words: str, world: int, group: Any, *, expected: str, do: str) -> None:
+    digest = hashlib.sha256(words.encode())
+    for value in tensors:
+        if isinstance(value, Tensor):  # a module may keep extra state of another kind
+            digest.update(str((value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digests: list[Any] = [None] * world
     torch.distributed.all_gather_object(digests, digest.hexdigest(), group=group)
     if len(set(digests)) > 1:
-        raise InputError(
-            expected="the same weights and buffers on every rank",
-            got=f"{len(set(digests))} different ones on {world} ranks",
-            do="broadcast them first, or train with DistributedDataParallel",
-        )
+        raise InputError(expected=expected, got=f"{len(set(digests))} different ones on {world} ranks", do=do)

@@ -7,18 +7,21 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.linear import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import Problem, as_scalar
+from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import call_at, weights_at
 
-VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not tried by vmap
-PILOT_CHUNKS = (8, 32)
+VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
+VMAP_CHUNK = 32
+VMAP_LEAST_SOURCES = 8
+VMAP_MOST_PRODUCTS = 2**20  # weights x targets: above, one batched product costs more than one after the other
+SAME_CHANGE = 1e-3  # of a change: how far two routes to it may be apart, beside rounding
+SAME_CHANGE_OF_CASTS = 0.05  # the same within autocast, whose factors have 8 bits
+_NO_BATCHING = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError)
 
 
 @dataclass
@@ -30,15 +33,14 @@ class _Results:
 
 def finite_step(problem: Problem, source: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of a source, and the outputs at ``x`` after the step of that source, in buffers of its own."""
-    buffers = [torch.empty_like(p.data) for p in problem.parameters]
-    return _step_and_look(problem, source, x, buffers)
+    return _step_and_look(problem, source, x, [torch.empty_like(p.data) for p in problem.parameters])
 
 
 def _step_and_look(problem: Problem, source: int, x: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     loss, gradients = problem.gradient(source)
     with torch.no_grad():
         problem.step.write(gradients, buffers)
-    with weights_at(problem.parameters, buffers):
+    with problem.weights_at(buffers):
         return loss, problem.forward(x)
 
 
@@ -53,40 +55,30 @@ def measure_replay(
     meter: MemoryMeter,
 ) -> Result:
     """The finite step of every source; see ``measure``."""
-    n, weight_bytes = problem.n_sources, sum(p.numel() * p.element_size() for p in problem.parameters)
+    n = problem.n_sources
+    weight_bytes = sum(p.numel() * p.element_size() for p in problem.parameters)
+    result_bytes = n * problem.n_targets * problem.n_outputs * problem.before.element_size()
+    check_memory(2 * result_bytes + 2 * weight_bytes, max_memory)
+    limit = VMAP_BYTES if max_memory is None else max_memory - 2 * result_bytes
+    plan = _planned(problem, route, chunk_size, weight_bytes, limit)
+    copies = 2 if plan.route == "step" else 1 + 2 * plan.chunk_size
+    plan.estimated_bytes = 2 * result_bytes + copies * weight_bytes
+    check_memory(plan.estimated_bytes, max_memory)
     results = _Results(
         problem.before.new_empty((n, problem.n_targets, problem.n_outputs)),
         torch.empty_like(problem.source_before),
         problem.before.new_empty(n),
     )
-    plan = Plan("replay", route or "step", chunk_size or 1, problem.target_chunk_size)
-    result_bytes = results.after.numel() * results.after.element_size()
-    check_memory(result_bytes + 2 * weight_bytes, max_memory)
     buffers = [torch.empty_like(p.data) for p in problem.parameters]
     with Progress(progress, n, f"{n} x {problem.n_targets} pairs, engine replay") as bar:
-        done = 0
-        if route is None and chunk_size is None:
-            limit = VMAP_BYTES if max_memory is None else max_memory - result_bytes
-            done = _choose_route(problem, plan, results, buffers, limit, weight_bytes, bar)
-        elif plan.route == "vmap":
-            _require_vmap(problem)
-            plan.chunk_size = min(n, chunk_size or PILOT_CHUNKS[0])
-        elif route is None and plan.chunk_size > 1:
-            plan.route = "vmap" if _why_no_vmap(problem) is None else "step"
+        reason = _by_vmap(problem, plan, results, buffers, bar, meter) if plan.route == "vmap" else None
+        if reason is not None:
+            if route == "vmap":
+                raise InputError(expected="a problem that route='vmap' can batch", got=reason, do="use route='step'")
+            plan.route, plan.chunk_size = "step", 1
+            plan.notes.append(f"route vmap: {reason}")
         if plan.route == "step":
-            plan.chunk_size = 1
-        copies = 2 if plan.route == "step" else 1 + 2 * plan.chunk_size
-        plan.estimated_bytes = result_bytes + copies * weight_bytes
-        check_memory(plan.estimated_bytes, max_memory)
-        started = time.perf_counter()
-        while done < n:
-            taken = _take(problem, plan, results, buffers, done)
-            done += taken
-            if math.isnan(plan.estimated_seconds):
-                plan.estimated_seconds = (time.perf_counter() - started) * n / taken
-                bar.estimate(plan.estimated_seconds)
-            bar.advance(taken)
-            meter.look()
+            _by_step(problem, plan, results, buffers, bar, meter)
     for source in torch.nonzero(~torch.isfinite(results.losses)).flatten().tolist():
         problem.check_loss(results.losses[source], source)
     _settle(problem, results, buffers)
@@ -96,6 +88,137 @@ def measure_replay(
     if check_pairs:
         result.linearization_error = _check_against_linear(problem, result, check_pairs)
     return result
+
+
+# --- the route, by counting -----------------------------------------------------------------------------------------
+
+
+def _planned(problem: Problem, route: str | None, chunk_size: int | None, weight_bytes: int, limit: int) -> Plan:
+    """The plan, from counts alone (docs/engines.md)."""
+    plan = Plan("replay", route or "step", 1, problem.target_chunk_size)
+    if route == "vmap":
+        reason = why_no_vmap(problem)
+        if reason is not None:
+            raise InputError(expected="a problem that route='vmap' can batch", got=reason, do="use route='step'")
+    elif route is None:
+        reason = why_no_vmap(problem) or _why_step_is_less(problem)
+        if reason is None and chunk_size != 1:
+            plan.route = "vmap"
+        elif reason is not None:
+            plan.notes.append(f"route step: {reason}")
+    if plan.route == "vmap":
+        plan.chunk_size = min(problem.n_sources, chunk_size or VMAP_CHUNK)
+        if route is None and chunk_size is None and (1 + 2 * plan.chunk_size) * weight_bytes > limit:
+            plan.notes.append(f"route step: {plan.chunk_size} copies of the weights do not fit")
+            plan.route, plan.chunk_size = "step", 1
+        elif route is None:
+            plan.notes.append("route vmap: few weights and targets, no convolution, many sources")
+    return plan
+
+
+def why_no_vmap(problem: Problem) -> str | None:
+    """The reason why sources cannot go several at once, known without trying; None where there is none."""
+    if problem.restless is not None:
+        return problem.restless
+    if not problem.step.elementwise:
+        return "the update runs a copy of the optimiser, or looks at all gradients at once"
+    if any(p.is_complex() for p in problem.parameters):
+        return "complex weights"
+    reason = problem.subject.why_not_by_slots(problem.parameters)
+    if reason is not None:
+        return reason
+    # A parameter without gradient stays, but torch.func gives zeros for it: weight decay would then move it.
+    if problem.idle:
+        return "parameters without gradient"
+    return None
+
+
+def _why_step_is_less(problem: Problem) -> str | None:
+    weights = sum(p.numel() for p in problem.parameters)
+    if problem.n_sources < VMAP_LEAST_SOURCES:
+        return f"fewer than {VMAP_LEAST_SOURCES} sources"
+    if has_convolutions(problem.model):
+        return "convolutions gain nothing from batched weights"
+    if weights * problem.n_targets > VMAP_MOST_PRODUCTS:
+        return f"{weights:,} weights x {problem.n_targets:,} targets are more than {VMAP_MOST_PRODUCTS:,}"
+    return None
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    """Whether any layer is a convolution."""
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def _by_step(
+    problem: Problem, plan: Plan, results: _Results, buffers: list[Tensor], bar: Progress, meter: MemoryMeter
+) -> None:
+    started = time.perf_counter()
+    for source in range(problem.n_sources):
+        loss, looked = _step_and_look(problem, source, problem.rows(source), buffers)
+        problem.check_loss(loss, source)
+        _keep(problem, results, source, loss, looked)
+        if math.isnan(plan.estimated_seconds):
+            plan.estimated_seconds = (time.perf_counter() - started) * problem.n_sources
+            bar.estimate(plan.estimated_seconds)
+        bar.advance(1)
+        meter.look()
+
+
+def _by_vmap(
+    problem: Problem, plan: Plan, results: _Results, buffers: list[Tensor], bar: Progress, meter: MemoryMeter
+) -> str | None:
+    """Take the sources in chunks; returns why that is not right or not possible, None where it is done."""
+    started = time.perf_counter()
+    for start in range(0, problem.n_sources, plan.chunk_size):
+        stop = min(start + plan.chunk_size, problem.n_sources)
+        try:
+            losses, looked = _vmap_chunk(problem, start, stop)
+        except InputError:
+            raise
+        except _NO_BATCHING as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        for offset in range(stop - start):
+            _keep(problem, results, start + offset, losses[offset], looked[offset])
+        if math.isnan(plan.estimated_seconds):
+            plan.estimated_seconds = (time.perf_counter() - started) * problem.n_sources / (stop - start)
+            bar.estimate(plan.estimated_seconds)
+        bar.advance(stop - start)
+        meter.look()
+    for source in sorted({0, problem.n_sources - 1}):
+        reason = _differs_from_step(problem, results, source, buffers)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _differs_from_step(problem: Problem, results: _Results, source: int, buffers: list[Tensor]) -> str | None:
+    """Compare the changes of a source with those of a plain real step."""
+    loss, looked = _step_and_look(problem, source, problem.rows(source), buffers)
+    real = looked[: problem.n_targets] - problem.before
+    error = (results.after[source] - problem.before - real).norm(dim=-1)
+    same = SAME_CHANGE_OF_CASTS if torch.is_autocast_enabled(problem.targets.device.type) else SAME_CHANGE
+    allowed = same * real.norm(dim=-1) + 10 * problem.noise_floor
+    if bool((error <= allowed).all()) and _close(loss, results.losses[source]):
+        return None
+    if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(real).all()):
+        return None  # what is not finite is told by its own check
+    size = float(error.max()) / max(float(real.norm(dim=-1).max()), 1e-300)
+    return f"its changes at source {source} are off by {size:.2g} from a real step's"
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    eps = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(one.device.type) else one.dtype).eps
+    return bool((one - other).abs() <= (1e3 * eps if eps < 1e-3 else 4 * eps) * (one.abs() + 1))
+
+
+def _keep(problem: Problem, results: _Results, source: int, loss: Tensor, looked: Tensor) -> None:
+    results.losses[source] = loss
+    results.after[source] = looked[: problem.n_targets]
+    index = int(problem.self_index[source])
+    results.source_after[source] = looked[index] if index >= 0 else looked[-1]
 
 
 def _settle(problem: Problem, results: _Results, buffers: list[Tensor]) -> None:
@@ -112,145 +235,41 @@ def _settle(problem: Problem, results: _Results, buffers: list[Tensor]) -> None:
             results.source_after[source] = problem.source_before[source]
 
 
-def _take(problem: Problem, plan: Plan, results: _Results, buffers: list[Tensor], start: int) -> int:
-    """Measure the next source or chunk of sources; returns how many were taken."""
-    if plan.route == "step":
-        loss, looked = _step_and_look(problem, start, problem.rows(start), buffers)
-        problem.check_loss(loss, start)
-        _keep(problem, results, start, loss, looked)
-        return 1
-    stop = min(start + plan.chunk_size, problem.n_sources)
-    _keep_chunk(problem, results, start, stop, *_vmap_chunk(problem, start, stop))
-    return stop - start
-
-
-def _keep(problem: Problem, results: _Results, source: int, loss: Tensor, looked: Tensor) -> None:
-    results.losses[source] = loss
-    results.after[source] = looked[: problem.n_targets]
-    index = int(problem.self_index[source])
-    results.source_after[source] = looked[index] if index >= 0 else looked[-1]
-
-
-def _keep_chunk(problem: Problem, results: _Results, start: int, stop: int, losses: Tensor, looked: Tensor) -> None:
-    for offset in range(stop - start):
-        _keep(problem, results, start + offset, losses[offset], looked[offset])
-
-
 def _vmap_chunk(problem: Problem, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Losses and outputs after the step for several sources at once, by ``torch.func``."""
     weights = [p.detach() for p in problem.parameters]
+    step = problem.step
 
-    def loss_of(values: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = call_at(problem.model, problem.parameters, values, x.unsqueeze(0))
-        return as_scalar(problem.loss_fn(output, y.unsqueeze(0)))
-
-    def one(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        gradients, loss = torch.func.grad_and_value(loss_of)(weights, x, y)
+    def one(x: Tensor, y: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, loss = torch.func.grad_and_value(problem.loss_at)(weights, x.unsqueeze(0), y.unsqueeze(0))
+        if bool(problem.ignored.any()):
+            gradients, loss = [torch.where(ignored, 0, g) for g in gradients], torch.where(ignored, 0, loss)
         stepped = [
-            problem.step.stepped(index, weight, gradient)
+            step.stepped(index, weight, gradient)
             for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True))
         ]
         rows = torch.cat([problem.targets, x.unsqueeze(0)]) if problem.has_strangers else problem.targets
-        parts = [
-            check_output(call_at(problem.model, problem.parameters, stepped, part), len(part))
-            for part in rows.split(problem.target_chunk_size)
-        ]
-        return loss, torch.cat(parts)
+        parts = [problem.output_at(stepped, part) for part in rows.split(problem.target_chunk_size)]
+        return loss / step.loss_scale, torch.cat(parts)
 
     with torch.no_grad():
-        return torch.func.vmap(one, randomness="error")(problem.inputs[start:stop], problem.labels[start:stop])
-
-
-def _why_no_vmap(problem: Problem) -> str | None:
-    """The reason why sources cannot go several at once, known without trying; None where there is none."""
-    if problem.stochastic:
-        return "modules in train mode"
-    if not problem.step.elementwise:
-        return "the update runs a copy of the optimiser"
-    # A parameter without gradient stays, but torch.func gives zeros for it: weight decay would then move it.
-    if any(gradient is None for gradient in problem.gradient(0)[1]):
-        return "parameters without gradient"
-    return None
-
-
-def _require_vmap(problem: Problem) -> None:
-    reason = _why_no_vmap(problem)
-    if reason is not None:
-        raise InputError(expected="a problem that route='vmap' can batch", got=reason, do="use route='step'")
-
-
-def _choose_route(
-    problem: Problem,
-    plan: Plan,
-    results: _Results,
-    buffers: list[Tensor],
-    limit: int,
-    weight_bytes: int,
-    bar: Progress,
-) -> int:
-    """Time a few sources by each route, keep the fastest; returns how many sources are done.
-
-    None are where another route than the pilot's is taken: numbers depend on the route, and never on who chose it.
-    """
-    pilots = min(3, problem.n_sources)
-    seconds = []
-    for source in range(pilots):
-        started = time.perf_counter()
-        _take(problem, plan, results, buffers, source)
-        seconds.append(time.perf_counter() - started)
-    plan.seconds_per_source["step"] = min(seconds)
-    left = problem.n_sources - pilots
-    if left >= PILOT_CHUNKS[0]:
-        _try_vmap(problem, plan, results, pilots, limit, weight_bytes)
-    fastest = min(plan.seconds_per_source, key=plan.seconds_per_source.__getitem__)
-    plan.route, _, chunk = fastest.partition(":")
-    plan.chunk_size = int(chunk or 1)
-    done = pilots if plan.route == "step" else 0
-    plan.estimated_seconds = sum(seconds) + (problem.n_sources - done) * plan.seconds_per_source[fastest]
-    bar.estimate(plan.estimated_seconds)
-    bar.advance(done)
-    return done
-
-
-def _try_vmap(problem: Problem, plan: Plan, results: _Results, pilots: int, limit: int, weight_bytes: int) -> None:
-    """Time the vectorised route on chunks that fit, and rule it out where it disagrees with the step route."""
-    reason = _why_no_vmap(problem)
-    for chunk in PILOT_CHUNKS:
-        if reason is None and (1 + 2 * chunk) * weight_bytes > limit:
-            reason = f"{chunk} copies of the weights do not fit"
-        if reason is not None or chunk > problem.n_sources:
-            break
-        try:
-            _vmap_chunk(problem, 0, chunk)
-            started = time.perf_counter()
-            looked = _vmap_chunk(problem, 0, chunk)[1]
-            plan.seconds_per_source[f"vmap:{chunk}"] = (time.perf_counter() - started) / chunk
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            break
-        if not _agree(looked[:pilots, : problem.n_targets], results.after[:pilots], problem.before):
-            plan.seconds_per_source.pop(f"vmap:{chunk}")
-            reason = "its outputs differ from the step route's"
-    if reason is not None:
-        plan.notes.append(f"route vmap: {reason}")
-
-
-def _agree(one: Tensor, other: Tensor, before: Tensor) -> bool:
-    """Whether two routes moved the outputs alike, to the rounding of their dtype."""
-    scale = before.abs().max() + (other - before).abs().max()
-    return bool((one - other).abs().max() <= 1e4 * torch.finfo(before.dtype).eps * scale)
+        some = slice(start, stop)
+        ignored = problem.ignored[some].to(problem.inputs.device)
+        return torch.func.vmap(one, randomness="error")(problem.inputs[some], problem.labels[some], ignored)
 
 
 def _check_against_linear(problem: Problem, result: Result, check_pairs: int) -> float:
     """How far the first-order change of the first source is from its finite change, on a few targets."""
-    if problem.stochastic:
-        result.plan.notes.append("linearisation unchecked: modules in train mode")
+    reason = problem.restless or problem.subject.why_not_by_slots(problem.parameters)
+    if reason is not None:
+        result.plan.notes.append(f"linearisation unchecked: {reason}")
         return float("nan")
     rows = slice(0, min(check_pairs, problem.n_targets))
+    source = problem.first_source
     try:
-        directions = problem.step.directions(problem.gradient(0)[1])
+        directions = problem.step.directions(problem.gradient(source)[1])
         linear = first_order_change(problem, directions, problem.targets[rows])
-    except (RuntimeError, NotImplementedError) as error:
-        result.plan.notes.append(f"linearisation unchecked: {str(error).splitlines()[0]}")
+    except _NO_BATCHING as error:
+        result.plan.notes.append(f"linearisation unchecked: {str(error).strip().splitlines()[0]}")
         return float("nan")
-    return relative_error(result.change[0, rows], linear)
+    return relative_error(result.change[source, rows], linear)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
-from local_elasticity.impact.problem import LossFunction, Problem, as_scalar
+from local_elasticity.impact.problem import LossFunction, Problem
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import Mode, preserved, weights_at
+from local_elasticity.impact.subject import Mode, preserved
+from local_elasticity.impact.wrappers import inner_module
 from local_elasticity.updates import SGD
 
 START, FACTOR, MOST = 1e-6, 3.0, 1e4
@@ -81,13 +82,14 @@ def ripple(
         InputError: for anything that cannot be measured.
     """
     with torch.inference_mode(False):
+        model = inner_module(model)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.inference_mode(False), preserved(model, mode) as streams:
+    with preserved(model, mode, loss_fn) as subject:
         step = SGD(START).bind(parameters)
-        problem = Problem(model, loss_fn, inputs, labels, looked_at, parameters, step, None, streams)
+        problem = Problem(subject, loss_fn, inputs, labels, looked_at, parameters, step)
         problem.look_before(outputs)
         n = problem.n_sources
         after = problem.before.new_empty((n, problem.n_targets, problem.n_outputs))
@@ -137,7 +139,7 @@ def _smallest_step(
         with torch.no_grad():
             for p, g, out in zip(problem.parameters, gradients, buffers, strict=True):
                 torch.add(p.data, 0 if g is None else g, alpha=-rate, out=out)
-        with weights_at(problem.parameters, buffers):
+        with problem.weights_at(buffers):
             if not torch.equal(problem.forward(own), alone):
                 looked = problem.forward(problem.rows(source))
                 if not torch.equal(looked[index], problem.source_before[source]):
@@ -148,12 +150,9 @@ def _smallest_step(
 
 def _slope(problem: Problem, source: int) -> Float[Tensor, " outputs"]:
     """dL/df at one source."""
-    with torch.no_grad():
-        output = problem.model(problem.inputs[source : source + 1])
-    output = output.detach().requires_grad_(True)
     with torch.enable_grad():
-        loss = as_scalar(problem.loss_fn(output, problem.labels[source : source + 1]))
-    slope = torch.autograd.grad(loss, output)[0].reshape(-1)
+        output, loss = problem.loss(source)
+        slope = torch.autograd.grad(loss, output)[0].detach().reshape(-1)
     if not bool(torch.isfinite(slope).all()):
         raise InputError(
             expected="a finite derivative of the loss at every source",

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
-from local_elasticity.impact.contracted import per_sample_losses
+from local_elasticity.impact.contracted import loss_factors
 from local_elasticity.impact.contraction import contract
 from local_elasticity.impact.measurement import measure
-from local_elasticity.impact.problem import LossFunction, match_rows
+from local_elasticity.impact.problem import LossFunction, Problem, match_rows
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import preserved
-from local_elasticity.updates import Update
+from local_elasticity.impact.subject import preserved
+from local_elasticity.impact.wrappers import inner_module
+from local_elasticity.updates import SGD, Update
 
 if TYPE_CHECKING:
     import xarray
@@ -80,11 +81,11 @@ def measure_tiles(
     """
     if engine not in ("linear", "replay"):
         raise InputError(expected="engine 'linear' or 'replay' for tiles", got=repr(engine), do="choose one")
+    model = inner_module(model)
     inputs, labels = checks.check_sources(sources)
     looked_at = inputs if targets is None else checks.check_targets(targets)
     settings = {"check_pairs": 0, **settings, "engine": engine, "update": update}
     first = measure(model, loss_fn, (inputs[:1], labels[:1]), looked_at[:1], **settings)
-    settings.setdefault("route", first.plan.route)  # no tile may choose by a timing of its own
     (n, m), k, dtype = (len(inputs), len(looked_at)), first.before.shape[1], _numpy_type(first.before)
     shapes = {
         "change": ((n, m, k), (tile, tile, k), dtype),
@@ -141,16 +142,11 @@ def gradient_gram(
     Raises:
         InputError: for bad input, or a store of another measurement.
     """
+    model = inner_module(model)
     checks.check_model(model)
     x, y = checks.check_sources(samples)
-    n, cotangents = len(x), []
-    with preserved(model, "eval"):
-        for some in torch.arange(n).split(tile):
-            with torch.no_grad():
-                outputs = model(x[some])
-            cotangents.append(per_sample_losses(outputs, y[some], loss_fn)[1])
-    u = torch.cat(cotangents)
-    u = u if u.dim() == 2 else u.unsqueeze(1)
+    n = len(x)
+    u = _cotangents(model, loss_fn, x, y, tile)
     shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}
     identity = fingerprint(model, x, y, x, None, {"gram": True}, tile)
     store = _open(Path(out), shapes, (-(-n // tile), -(-n // tile)), identity, overwrite)
@@ -159,7 +155,7 @@ def gradient_gram(
         i, j = (slice(a * tile, min((a + 1) * tile, n)) for a in (row, column))
         left = (x[i], u[i])
         right = left if row == column else (x[j], u[j])
-        with preserved(model, "eval"):
+        with preserved(model, "eval", loss_fn):
             block = contract(model, *left, *right).cpu().numpy()
         _array(store, "gram")[i, j] = block
         if row != column:
@@ -169,6 +165,27 @@ def gradient_gram(
         store, itertools.combinations_with_replacement(range(-(-n // tile)), 2), work, progress, f"{n} x {n} pairs"
     )
     return _dataset(Path(out), store)
+
+
+def _cotangents(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, tile: int) -> Tensor:
+    """The gradient of every sample's loss by its outputs, (n, K).
+
+    Raises:
+        InputError: for a loss that reads more than the outputs, or forward passes that are not all alike.
+    """
+    with preserved(model, "eval", loss_fn) as subject:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        problem = Problem(subject, loss_fn, x, y, x, parameters, SGD(1.0).bind(parameters), tile)
+        problem.look_before("values")
+        factors = problem.restless or loss_factors(problem)
+    if isinstance(factors, str) or factors.penalty is not None:
+        got = factors if isinstance(factors, str) else "a loss with a term on the weights"
+        raise InputError(
+            expected="forward passes that are all alike, and a loss of nothing but the outputs and the label",
+            got=got,
+            do="use mode 'eval' modules and a loss of the outputs; le.measure takes any loss",
+        )
+    return factors.cotangents
 
 
 def run_tiles(

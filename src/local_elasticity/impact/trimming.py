@@ -13,7 +13,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.impact.checks import check_labels
 from local_elasticity.impact.layers import live_taps
 from local_elasticity.impact.problem import Problem
 
@@ -32,15 +31,14 @@ class _Trim:
 
 
 @contextmanager
-def trimmed(problem: Problem, outputs: str) -> Iterator[int]:
+def trimmed(problem: Problem) -> Iterator[int]:
     """Let the problem's convolutions do without their dead taps, where that is certain to change nothing.
 
     It is done when the step treats every weight by itself, and the loss and gradient of the first source confirm it
     (a penalty on the weights, or a weight that is also used elsewhere, does not).
 
     Args:
-        problem: its model, parameters and step are trimmed inside and whole again afterwards.
-        outputs: what the model emits, to check the labels before the first loss.
+        problem: looked at before; its model, parameters and step are trimmed inside and whole again afterwards.
 
     Yields:
         How many weights were left out.
@@ -50,8 +48,7 @@ def trimmed(problem: Problem, outputs: str) -> Iterator[int]:
     if saved < LEAST_SAVED * sum(p.numel() for p in problem.parameters):
         yield 0
         return
-    check_labels(problem.labels, problem.forward(problem.inputs[:1]).shape[1], outputs)
-    whole = problem.gradient(0)
+    whole = problem.gradient(problem.first_source)
     parameters, step = list(problem.parameters), problem.step
     paddings = [trim.module.padding for trim in trims]
     try:
@@ -60,7 +57,9 @@ def trimmed(problem: Problem, outputs: str) -> Iterator[int]:
             part = nn.Parameter(parameters[trim.index].detach()[trim.live].contiguous())
             trim.module._parameters["weight"] = problem.parameters[trim.index] = part
             _set_padding(trim.module, trim.padding)
-        same = _same(whole, problem.gradient(0), trims)
+        problem.subject.resave()
+        problem.forget_first_gradient()
+        same = _same(whole, problem.gradient(problem.first_source), trims)
         del whole
         if not same:
             _undo(problem, trims, parameters, paddings)
@@ -72,10 +71,13 @@ def trimmed(problem: Problem, outputs: str) -> Iterator[int]:
 
 
 def _undo(problem: Problem, trims: list[_Trim], parameters: list[nn.Parameter], paddings: list[Any]) -> None:
+    problem.subject.rewind()
     problem.parameters[:] = parameters
     for trim, padding in zip(trims, paddings, strict=True):
         trim.module._parameters["weight"] = parameters[trim.index]
         _set_padding(trim.module, padding)
+    problem.subject.resave()
+    problem.forget_first_gradient()
 
 
 def _set_padding(module: Any, padding: Any) -> None:
@@ -84,7 +86,11 @@ def _set_padding(module: Any, padding: Any) -> None:
 
 def _find(problem: Problem) -> list[_Trim]:
     """Convolutions with dead taps, each called with one size of images and alone in holding its weight."""
-    if problem.stochastic or not problem.step.elementwise or isinstance(problem.model, torch.jit.ScriptModule):
+    if (
+        problem.restless is not None
+        or not problem.step.elementwise
+        or isinstance(problem.model, torch.jit.ScriptModule)
+    ):
         return []
     slots = [(m, p) for m in problem.model.modules() for p in m._parameters.values() if p is not None]
     holders = [id(p) for _, p in slots]

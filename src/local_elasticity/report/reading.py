@@ -32,6 +32,8 @@ DEFINITIONS_IN_WORDS = {
     "kl_after_before": "KL(after ‖ before) of the class probabilities at x', divided by the same at x.",
     "kl_before_after": "KL(before ‖ after) of the class probabilities at x', divided by the same at x.",
     "kl_reverse": "KL(before ‖ after) of the class probabilities at x', divided by the same at x.",
+    "bernoulli_kl": "KL(after ‖ before) of each output by itself, yes or no, summed over the outputs at x', divided by "
+    "the same at x: for several labels a sample.",
     "kl_published": "What the published code computed: [H(p') + p'·q'] / [H(p) + p·q], with p the class probabilities "
     "before and q after the step. It is not a divergence: it stays near 1 when nothing moves, and falls when the step "
     "pulls x' away from its present prediction.",

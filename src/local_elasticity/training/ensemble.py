@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from local_elasticity.collapse import GEOMETRY, layer_outputs, metrics_of_many
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.state import preserved, random_state, set_random_state
+from local_elasticity.impact.streams import random_state, set_random_state
+from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route
 from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error
 from local_elasticity.training.lockstep.optimizers import Rule
@@ -482,7 +483,7 @@ class _Session:
         model, seen = copy.deepcopy(ensemble._template).eval(), []
         for position in range(len(ensemble.replicas)):
             _load(model, ensemble.weights, ensemble.buffers, position)
-            with preserved(model, "eval"), _output_of(model) as out:
+            with preserved(model, "eval", restore_streams=True), _output_of(model) as out:
                 layers = layer_outputs(model, x, names)
             seen.append({"outputs": _rows(out[0]), **layers})
         return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
@@ -689,7 +690,7 @@ def _check_outputs(stack: Stack, problem: Problem) -> int:
     model = copy.deepcopy(stack.template)
     _load(model, stack.weights, stack.buffers, 0)
     n = problem.batch_size
-    with torch.no_grad(), preserved(model, "as_is"):
+    with torch.no_grad(), preserved(model, "as_is", restore_streams=True):
         try:
             out = model(problem.inputs[:n])
         except RuntimeError as error:

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError, nearest
-from local_elasticity.impact.state import preserved, random_state, set_random_state
+from local_elasticity.impact.streams import random_state, set_random_state
+from local_elasticity.impact.subject import preserved
 from local_elasticity.training.tracker import Look, Tracker
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -238,7 +239,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy in eval mode; the model and the random streams stay as they are."""
     loss, right = 0.0, 0
-    with preserved(model, "eval"), torch.no_grad():
+    with preserved(model, "eval", restore_streams=True), torch.no_grad():
         for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
             outputs = model(x)
             loss += float(loss_fn(outputs, y)) * len(y)

@@ -25,7 +25,8 @@ from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
-from local_elasticity.impact.state import Mode, preserved
+from local_elasticity.impact.subject import Mode, preserved
+from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
 from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
 from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, every
@@ -56,7 +57,9 @@ class Tracker:
     """Follows S_rel through training.
 
     Args:
-        model: the network being trained.
+        model: the network being trained. Of ``DistributedDataParallel`` and ``DataParallel`` the inner module is
+            measured; with ``DistributedDataParallel`` rank 0 looks and writes, and the trackers of the other ranks
+            only count.
         loss_fn: ``loss_fn(outputs, labels)`` of the probe step.
         probes: (inputs, labels), any count >= 1 a class, or ``le.data.probes(...)``, which remembers sample indices.
         update: the probe step, or a dict name -> update for several at each snapshot.
@@ -70,7 +73,7 @@ class Tracker:
         outputs: what the model emits, as in ``measure``.
         exclude_self: leave pairs of a sample with itself out of the class tables.
         class_names: names by label; taken from the probes where they know.
-        route: force the route of ``measure`` (repeatable numbers); by default timed once, at the first snapshot.
+        route: force the route of ``measure``; by default it follows from counts, alike at every snapshot.
         chunk_size: force its chunk.
         check_pairs: as in ``measure``.
         collapse_layers: also measure neural collapse (NC1 to NC4) of the probes' features at these layers, at every
@@ -111,8 +114,10 @@ class Tracker:
         before_commit: Callable[[int], None] | None = None,
         limits: Sequence[str] = (),
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn = inner_module(model), loss_fn
+        self.looks = first_rank(model)
         self.mode: Mode = mode
+        check_alone(self.model, mode)
         self.outputs: Outputs = outputs
         self.inputs, self.labels = check_sources(_pair(probes))
         self.updates = _named(update)
@@ -126,12 +131,11 @@ class Tracker:
         self.before_commit = before_commit
         self.class_names = _class_names(probes, self.labels, class_names)
         self.sample_index = np.asarray(getattr(probes, "indices", np.arange(len(self.inputs))))
-        self.collapse_layers = check_layers(model, collapse_layers) if len(collapse_layers) else ()
+        self.collapse_layers = check_layers(self.model, collapse_layers) if len(collapse_layers) else ()
         if self.collapse_layers and len(torch.unique(self.labels)) < 2:
             raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
         self.limits = _checked_limits(limits, self.updates)
-        self._routes: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
-        self._routes |= dict.fromkeys(self.limits, ("contract", len(self.inputs)))
+        self._asked: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
         self._epoch: float | None = None
@@ -151,19 +155,23 @@ class Tracker:
             scalars: loss, accuracy or any other number, or a function that gives one, called only when looking.
 
         Returns:
-            The snapshot, committed to the store, or None.
+            The snapshot, committed to the store, or None: not due, or not rank 0.
         """
         if _whole(epoch) != _whole(self._epoch):
             self._epoch_start = self.updates_made
         self._epoch = epoch
         call = self.updates_made
         self.updates_made += 1
+        if not self.looks:
+            return None
         elapsed = time.perf_counter() - self._started
         moment = Moment(call, call - self._epoch_start, elapsed, self._measuring, self._estimate)
         return self.snapshot(**scalars) if self.schedule.due(moment) else None
 
     def snapshot(self, **scalars: Scalar) -> Look:
-        """Look now, also before the first update; replaces an earlier look at the same step."""
+        """Look now, also before the first update; replaces an earlier look at the same step. Empty but on rank 0."""
+        if not self.looks:
+            return Look(self.updates_made, {}, 0.0)
         started = time.perf_counter()
         numbers = {name: _number(name, value) for name, value in scalars.items()}
         impacts = {name: self._measure(name, update) for name, update in self.updates.items()}
@@ -184,8 +192,9 @@ class Tracker:
         return Look(self.updates_made, tables, seconds)
 
     def finish(self) -> Run:
-        """The run; says so when the budget never allowed a look."""
-        self._report_unfit()
+        """The run; says so when the budget never allowed a look. Without snapshots but on rank 0."""
+        if self.looks:
+            self._report_unfit()
         if not self._created:
             self._store.create(self._static({}), self._attributes)
             self._created = True
@@ -212,21 +221,20 @@ class Tracker:
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _measure(self, name: str, update: Update) -> Impact:
-        route, chunk_size = self._routes[name]
-        impact = measure(
+        is_limit = name in self.limits
+        route, chunk_size = self._asked[name]
+        return measure(
             self.model,
             self.loss_fn,
             (self.inputs, self.labels),
             update=update,
-            engine="linear" if name in self.limits else "replay",
+            engine="linear" if is_limit else "replay",
             outputs=self.outputs,
-            route=route,
-            chunk_size=chunk_size,
+            route=None if is_limit else route,
+            chunk_size=len(self.inputs) if is_limit else chunk_size,
             mode=self.mode,
             check_pairs=self.check_pairs,
         )
-        self._routes[name] = (impact.plan.route, impact.plan.chunk_size)
-        return impact
 
     def _estimate(self) -> float:
         """Seconds that a snapshot is expected to take: the last one's, or a pilot of one source."""
@@ -348,8 +356,10 @@ class Tracker:
         """Every metric of neural collapse, (layer,); NaN where a layer does not have it."""
         if not self.collapse_layers:
             return {}
-        with preserved(self.model, self.mode):
-            found = layer_metrics(self.model, self.inputs, self.labels, self.collapse_layers)
+        with preserved(self.model, self.mode) as subject:
+            found = subject.find_draws(
+                lambda: layer_metrics(self.model, self.inputs, self.labels, self.collapse_layers)
+            )
         names = (*GEOMETRY, *CLASSIFIER) if PENULTIMATE in self.collapse_layers else GEOMETRY
         return {
             name: (("layer",), np.array([found[layer].get(name, math.nan) for layer in self.collapse_layers]))
@@ -411,7 +421,12 @@ class Tracker:
         routes = {name: [plan["route"], plan["chunk_size"]] for name, plan in plans.items()}
         short = ", ".join(dict.fromkeys(f"{route} (chunk {chunk})" for route, chunk in routes.values()))
         engines = "replay and linear" if self.limits else "replay"
-        return {"route": f"{engines}, {short}", "routes": json.dumps(routes), "threads": torch.get_num_threads()}
+        return {
+            "route": f"{engines}, {short}",
+            "routes": json.dumps(routes),
+            "asked_routes": json.dumps(self._asked),
+            "threads": torch.get_num_threads(),
+        }
 
     def _open(self, store: str | Path | None, resume: bool | int) -> None:
         self._created = False
@@ -423,6 +438,9 @@ class Tracker:
         path = Path(store)
         if path.suffix != ".zarr":
             path = path / "run.zarr"
+        if not self.looks:
+            self._follow(path, resume)
+            return
         self._store = ZarrStore(path)
         if not path.exists():
             return
@@ -437,6 +455,14 @@ class Tracker:
                 expected="a new path", got=f"a run at {path}", do="pass resume=True to continue it, or another path"
             )
         self._continue(resume)
+
+    def _follow(self, path: Path, resume: bool | int) -> None:
+        """Count on from where rank 0 continues, without a store of its own: two processes never write one run."""
+        self._store = MemoryStore()
+        if resume is False or locate(path) is None:
+            return
+        steps = ZarrStore(path).open().dataset["step"].values if resume is True else [int(resume)]
+        self.resume_step = self.updates_made = int(max(steps, default=0))
 
     def _continue(self, resume: bool | int) -> None:
         assert isinstance(self._store, ZarrStore)
@@ -463,8 +489,10 @@ class Tracker:
         steps = self._store.steps
         self.resume_step = (max(steps) if steps else 0) if resume is True else int(resume)
         self.updates_made = self.resume_step
-        for name, (route, chunk) in json.loads(dataset.attrs.get("routes", "{}")).items():
-            self._routes[name] = (route, chunk)
+        if all(asked == (None, None) for asked in self._asked.values()):
+            # runs from before routes followed from counts say only what was taken
+            stored = json.loads(dataset.attrs.get("asked_routes", dataset.attrs.get("routes", "{}")))
+            self._asked |= {name: tuple(asked) for name, asked in stored.items() if name in self._asked}
         if resume is True and "epoch_start" in dataset.attrs:
             self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
         self._store.set_attributes({"finished": False})
@@ -506,10 +534,16 @@ def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tu
             got=f"{labels.dtype} of shape {tuple(labels.shape)}",
             do="class tables need classes; use le.measure for other targets",
         )
+    if int(labels.min()) < 0:
+        raise InputError(
+            expected="probes that have a class each, from 0",
+            got=f"label {int(labels.min())} at probe {int(labels.argmin())}",
+            do="leave out the probes that the loss ignores, and number the classes from 0",
+        )
     names = given if given is not None else getattr(probes, "class_names", None)
     if names is None:
         return tuple(str(label) for label in range(int(labels.max()) + 1))
-    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+    if int(labels.max()) >= len(names):
         raise InputError(
             expected=f"labels in 0..{len(names) - 1}, one name each",
             got=f"labels from {int(labels.min())} to {int(labels.max())}",

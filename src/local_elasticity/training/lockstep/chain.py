@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.impact.state import preserved
+from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.kernels import KERNELS, Unsupported
 
 Chain = list[tuple[str, nn.Module]]
@@ -25,13 +25,13 @@ def find_chain(model: nn.Module, x: Tensor) -> Chain:
     """
     leaves = {module: name for name, module in model.named_modules() if not list(module.children())}
     calls: list[tuple[nn.Module, Any, Any]] = []
-    handles = [leaf.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for leaf in leaves]
-    try:
-        with preserved(model, "as_is"), torch.no_grad():
+    with preserved(model, "as_is", restore_streams=True), torch.no_grad():
+        handles = [leaf.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for leaf in leaves]
+        try:
             last = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     chain: Chain = []
     current: Any = x
     for module, arguments, output in calls:

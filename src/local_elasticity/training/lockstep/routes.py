@@ -17,7 +17,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
-from local_elasticity.impact.state import preserved, random_state, set_random_state
+from local_elasticity.impact.streams import random_state, set_random_state
+from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.chain import Chain, find_chain
 from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, PooledConv2d, Unsupported, arrange, arranged
 from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
@@ -319,7 +320,7 @@ class Loop(Route):
         """One forward pass after the other."""
         parts = []
         for model in self.models:
-            with preserved(model, "eval"):
+            with preserved(model, "eval", restore_streams=True):
                 parts.append(model(x))
         return _two_dimensional(torch.stack(parts))
 
@@ -416,7 +417,7 @@ def forward_all(stack: Stack, x: Float[Tensor, "samples ..."]) -> Float[Tensor, 
     def outputs(everything: Any) -> Tensor:
         return torch.func.functional_call(stack.template, everything, (x,))
 
-    with preserved(stack.template, "eval"):
+    with preserved(stack.template, "eval", restore_streams=True):
         return _two_dimensional(torch.func.vmap(outputs)({**stack.weights, **stack.buffers}))
 
 
