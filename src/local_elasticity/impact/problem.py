@@ -246,13 +246,26 @@ class Problem:
                 raise no_gradient()
             if examine:
                 _refuse_hidden_graph(loss)
-            gradients = torch.autograd.grad(self._scaled(loss), self.parameters, allow_unused=True)
+            gradients = self._gradients(loss, source)
         if examine:
             self.idle = {index for index, gradient in enumerate(gradients) if gradient is None}
         if "weights" in self.subject.moved or self.subject.weights_written():
             self.subject.moved.add("weights")
             self.step.weights[:] = [p.detach() for p in self.parameters]
         return loss.detach(), [None if g is None else g.detach() for g in gradients]
+
+    def _gradients(self, loss: Tensor, source: int) -> Sequence[Tensor | None]:
+        scaled = self._scaled(loss)
+        if self._is_examined:
+            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        try:
+            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        except _USER_ERRORS as error:
+            raise InputError(
+                expected="a loss that can be differentiated by the weights",
+                got=f"{type(error).__name__} in its backward pass at source {source}",
+                do="make loss_fn(model(x[:1]), y[:1]).backward() work",
+            ) from error
 
     def loss(self, source: int) -> tuple[Tensor, Tensor]:
         """The model's own output at one source, and the user's loss there, both with their graph."""
