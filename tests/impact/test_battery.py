@@ -67,7 +67,13 @@ ROUTES = [
     Route(JVP, tiny_sgd, lambda model: le.SGD(lr=SMALL), {"engine": "linear", "route": "jvp"}, LIMIT),
     Route(DOUBLE, sgd, lambda model: le.SGD(lr=0.05), FINITE | {"dtype": torch.float64}, 1e-6, torch.float32),
 ]
-PAIRS = [pytest.param(case, route, id=f"{case.name} - {route.name}") for case in CASES for route in ROUTES]
+NOT_COMPARED = {("sparse embedding", "default adam")}  # torch.optim.Adam takes no sparse gradients, le.Adam does
+PAIRS = [
+    pytest.param(case, route, id=f"{case.name} - {route.name}")
+    for case in CASES
+    for route in ROUTES
+    if (case.name, route.name) not in NOT_COMPARED
+]
 
 
 def seed_streams() -> None:
@@ -113,7 +119,7 @@ def step(case: Case, optimizer: MakeOptimizer, dtype: torch.dtype, source: int) 
 @lru_cache(maxsize=len(CASES) * len(ROUTES))
 def real_change(case: Case, optimizer: MakeOptimizer, dtype: torch.dtype) -> Tensor:
     """(sources, targets, outputs): what a real step at each of ``SOURCES`` changed."""
-    with case.around(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         after = [look(case, dtype, step(case, optimizer, dtype, source)) for source in SOURCES]
         return torch.stack(after) - look(case, dtype)

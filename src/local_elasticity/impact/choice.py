@@ -12,7 +12,14 @@ from torch import nn
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact.contracted import Contracted, prepare
-from local_elasticity.impact.first_order import CHECKED_TARGETS, Result, difference_error, relative_error
+from local_elasticity.impact.first_order import (
+    CHECKED_TARGETS,
+    NOT_THE_DERIVATIVE,
+    Result,
+    derivative_error,
+    difference_error,
+    relative_error,
+)
 from local_elasticity.impact.linear import ALLOWED, measure_linear
 from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.replay import finite_step, measure_replay
@@ -58,6 +65,8 @@ def _checked(problem: Problem, ready: Contracted, n_targets: int) -> tuple[Calla
             if not wrong <= ALLOWED:
                 return measure_replay, [f"engine auto: replay (first order is off by {wrong:.2g})"]
             continue
+        if not derivative_error(problem, source, linear[:CHECKED_TARGETS]) <= 1:
+            return measure_replay, [f"engine auto: replay ({NOT_THE_DERIVATIVE})"]
         if not error <= MOST_ERROR:
             words = f"first order is off by {error:.2g} of the step's change, more than {MOST_ERROR:g}"
             return measure_replay, [f"engine auto: replay ({words})"]

@@ -616,6 +616,8 @@ def per_sample_gradients(
         with Subject(model, "as_is"):
             return per_sample_gradients(model, parameters, x, cotangents)
     subject.rewind()
+    if any(getattr(module, "scale_grad_by_freq", False) for module in model.modules()):
+        return _one_by_one(model, parameters, x, cotangents)  # frequencies are those of a sample's own batch
     try:
         with torch.no_grad(), transformable(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")

@@ -17,7 +17,9 @@ from local_elasticity.impact.contracted import Contracted, prepare
 from local_elasticity.impact.first_order import (
     ALLOWED,
     CHECKED_TARGETS,
+    NOT_THE_DERIVATIVE,
     Result,
+    derivative_error,
     difference_error,
     first_order_change,
     relative_error,
@@ -88,7 +90,7 @@ def _by_count(
             ready = prepare(problem, chunk_size=chunk_size, max_memory=max_memory)
             outcome = ready if isinstance(ready, str) else _contract(problem, ready, plan, progress, meter)
         if isinstance(outcome, Result):
-            reason = _wrong(problem, outcome)
+            reason = _wrong(problem, outcome, name)
             if reason is None:
                 return outcome
         else:
@@ -106,12 +108,15 @@ def _by_count(
     )
 
 
-def _wrong(problem: Problem, result: Result) -> str | None:
-    """Compare the changes of two sources with differences of real forward passes."""
+def _wrong(problem: Problem, result: Result, route: str) -> str | None:
+    """Compare the changes of two sources: of a contraction with the derivative, of that with real forward passes."""
     for source in sorted({problem.first_source, problem.n_sources - 1}):
-        error = difference_error(problem, source, result.change[source, :CHECKED_TARGETS])
+        linear = result.change[source, :CHECKED_TARGETS]
+        error = difference_error(problem, source, linear)
         if not error <= ALLOWED:
             return f"its changes at source {source} are off by {error:.2g} from those of real forward passes"
+        if route == "contract" and not derivative_error(problem, source, linear) <= 1:
+            return NOT_THE_DERIVATIVE
     return None
 
 

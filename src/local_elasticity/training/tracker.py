@@ -400,8 +400,8 @@ class Tracker:
         return static
 
     def _describe(self, configuration: dict[str, Any]) -> dict[str, Any]:
-        digest = hashlib.sha256(self.inputs.cpu().contiguous().numpy().tobytes())
-        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(_bytes(self.inputs))
+        digest.update(_bytes(self.labels))
         words = {name: get_definition(name).words for name in self.definitions if not is_built_in(name)}
         return {
             "configuration": json.dumps(configuration, default=str),
@@ -550,6 +550,11 @@ def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tu
             do="relabel the probes, or pass all class_names",
         )
     return tuple(str(name) for name in names)
+
+
+def _bytes(x: Tensor) -> bytes:
+    """The bits of a tensor of any dtype."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _array(x: Tensor) -> np.ndarray:
