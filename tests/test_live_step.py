@@ -630,6 +630,16 @@ def test_routes_and_trimming_know_a_clipped_step():
             )
 
 
+@pytest.mark.parametrize(
+    "name", ["SGD", "SGD decay", "SGD momentum", "SGD nesterov", "Adam", "Adam decoupled", "AdamW"]
+)
+def test_plain_forms_go_by_formulas(name):
+    model, optimizer, x, y = build(name)
+    real_step(model, optimizer, x, y)
+    assert from_optimizer(optimizer).bind(trainable(model)).elementwise
+    assert from_optimizer(optimizer, clip_grad_value=1.0).bind(trainable(model)).elementwise
+
+
 def test_part_of_a_step_clipped_by_value_is_the_same_part():
     model, x, y = make()
     optimizer = optim.Adam(model.parameters(), lr=0.01)

@@ -511,7 +511,7 @@ def _fast_rule(optimizer: torch.optim.Optimizer) -> type[_LiveRule] | None:
         torch.optim.AdamW: _LiveAdam,
     }
     rule = rules.get(type(optimizer))
-    if rule is None or inspect.unwrap(type(optimizer).step).__module__ != type(optimizer).__module__:
+    if rule is None or not inspect.unwrap(type(optimizer).step).__module__.startswith("torch.optim."):
         return None
     unusual = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
     for group in optimizer.param_groups:
