@@ -21,6 +21,8 @@ def bits(value: Any) -> Any:
 def _bits(value: Any, visited: set[int]) -> Any:
     if isinstance(value, Tensor):
         return tensor_bits(value)
+    if isinstance(value, int) and value > 2**40:  # an address, as compiled code keeps them
+        return "address"
     if isinstance(value, (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)):
         return value
     if isinstance(value, (np.generic, np.ndarray)):
@@ -40,7 +42,9 @@ def _bits(value: Any, visited: set[int]) -> Any:
 
 def _inside(value: Any, visited: set[int]) -> Any:
     if isinstance(value, (dict, OrderedDict)):
-        return [(repr(_bits(key, visited)), _bits(item, visited)) for key, item in value.items()]
+        # hooks are numbered by one counter of the process: their order counts
+        keys = [place if isinstance(key, int) else repr(_bits(key, visited)) for place, key in enumerate(value)]
+        return [(key, _bits(item, visited)) for key, item in zip(keys, value.values(), strict=True)]
     if isinstance(value, (list, tuple, deque)):
         return [type(value).__name__, *(_bits(item, visited) for item in value)]
     if isinstance(value, (set, frozenset)):
