@@ -523,6 +523,11 @@ def traced() -> nn.Module:
     return torch.jit.trace(mlp().double(), torch.zeros(2, DIM, dtype=torch.float64))  # type: ignore[return-value]
 
 
+def unoptimised() -> AbstractContextManager[Any]:
+    """The compiler of scripts counts calls, and computes in another order after a few."""
+    return torch.jit.optimized_execution(False)
+
+
 def compiled() -> nn.Module:
     return torch.compile(mlp(), backend="eager", dynamic=True)  # type: ignore[return-value]
 
