@@ -7,6 +7,7 @@ the same state, and the loss is the user's real one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -81,6 +82,7 @@ class Problem:
         self.parameters = list(parameters.values())
         self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
         self.first_source = 0
+        self._started, self.seconds_per_target = time.perf_counter(), 0.0
         self.independent = False
         self.notes: list[str] = []
         self.self_index = match_rows(inputs, targets)
@@ -103,6 +105,11 @@ class Problem:
     def n_outputs(self) -> int:
         """K."""
         return self.before.shape[1]
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Since the problem was made; for estimates alone, no number depends on it."""
+        return time.perf_counter() - self._started
 
     @property
     def restless(self) -> str | None:
@@ -217,8 +224,9 @@ class Problem:
         if self.restless:
             difference = torch.zeros_like(self.before[:, 0])
         else:
-            half = self.n_targets // 2 + 1
+            half, started = self.n_targets // 2 + 1, time.perf_counter()
             other = torch.cat([self.forward(part) for part in self.targets.flip(0).split(half)]).flip(0)
+            self.seconds_per_target = (time.perf_counter() - started) / self.n_targets
             difference = (other - self.before).abs().amax(dim=1)
         ulp = 4 * torch.finfo(self.output_dtype).eps * self.before.abs().amax(dim=1)
         return torch.maximum(difference, ulp)
