@@ -81,8 +81,8 @@ def _with_error(error: float, ready: Contracted, problem: Problem, **settings: o
 def _reason_to_replay(problem: Problem, route: str | None, check_pairs: int) -> str | None:
     if route in ("step", "vmap"):
         return f"route {route!r} was asked"
-    if problem.restless is not None:
-        return problem.restless
+    if (reason := problem.restless or problem.narrow) is not None:
+        return reason
     if problem.n_sources < LEAST_SOURCES:
         return f"fewer than {LEAST_SOURCES} sources"
     if not check_pairs:

@@ -43,6 +43,12 @@ def measure_linear(
     ready: Contracted | None = None,
 ) -> Result:
     """First-order change of every target for every source; see ``measure``."""
+    if problem.narrow is not None:
+        raise InputError(
+            expected="weights of 32 bits or more for the linear engine",
+            got=problem.narrow,
+            do="leave dtype='as_is' out",
+        )
     if problem.restless is not None:
         raise InputError(
             expected="forward passes and losses that neither draw random numbers nor move state, for the linear engine",

@@ -107,6 +107,12 @@ class Problem:
         return self.before.shape[1]
 
     @property
+    def narrow(self) -> str | None:
+        """Why first-order changes would be rounding; None for weights of 32 bits and more."""
+        is_narrow = any(p.element_size() == 2 for p in self.parameters)
+        return "weights of 16 bits, in which a first-order change is rounding" if is_narrow else None
+
+    @property
     def seconds_so_far(self) -> float:
         """Since the problem was made; for estimates alone, no number depends on it."""
         return time.perf_counter() - self._started

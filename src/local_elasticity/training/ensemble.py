@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from local_elasticity.collapse import GEOMETRY, layer_outputs, metrics_of_many
 from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.problem import widened
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
@@ -468,7 +469,7 @@ class _Session:
         features, log = self._features(x), self.ensemble.log
         outputs = features["outputs"].double()
         for label in range(log["probe_mean"].shape[2]):
-            own = outputs[:, y == label]
+            own = widened(outputs[:, y == label])
             log["probe_mean"][row, :, label] = own.mean(dim=1).cpu().numpy()
             if own.shape[1] > 1:
                 log["probe_variance"][row, :, label] = own.var(dim=1).cpu().numpy()
@@ -501,8 +502,8 @@ def _block(route: Route, index: Int64[Tensor, "steps replicas batch"]) -> tuple[
     """Some steps of one chunk: outputs (steps, replicas, batch, outputs), losses (steps, replicas)."""
     looked = [route.step(one) for one in index.unbind(0)]
     return (
-        torch.stack([logits for logits, _ in looked]).cpu().numpy(),
-        torch.stack([losses for _, losses in looked]).cpu().numpy(),
+        widened(torch.stack([logits for logits, _ in looked])).cpu().numpy(),
+        widened(torch.stack([losses for _, losses in looked])).cpu().numpy(),
     )
 
 
