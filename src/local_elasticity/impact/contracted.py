@@ -255,7 +255,7 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
     k, n = problem.n_outputs, max(problem.n_sources, problem.n_targets)
     left_over = sum(problem.parameters[i].numel() for i in contraction.left_over) * item * 2 * (k + 1)
     least = int(results + 2 * contraction.bytes_per_sample(k + 1) + 4 * block + left_over)
-    check_memory(least, max_memory)
+    check_memory(least, max_memory, problem.before.device)
     spare = budget - 4 * block - left_over if max_memory is not None else budget
     chunk = chunk_size or chunk_for(contraction, k + 1, n, spare // 2)
     captured = int(contraction.bytes_per_sample(k + 1) * min(chunk, n) * (1 if problem.n_targets <= chunk else 2))

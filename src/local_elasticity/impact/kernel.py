@@ -15,7 +15,7 @@ from local_elasticity.base.tensors import check_fits, check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
-from local_elasticity.impact.plan import check_memory
+from local_elasticity.impact.plan import check_memory, told_of_memory
 from local_elasticity.impact.problem import all_converted, asked, measured_in
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, Subject, preserved
@@ -76,14 +76,14 @@ def kernel(
         check_fits(model, "xt", targets)
         kind, only_narrow = measured_in(model, dtype)
         sources, _, targets = all_converted((sources, sources, targets), kind, only_narrow)
-        with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
+        with told_of_memory(), preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
             contraction = _prepared(subject, sources, max_memory)
             outputs = _chosen_outputs(form, contraction.n_outputs)
             rows = len(outputs) if form == "full" else 1
             own = parameters_dtype(model).itemsize
             result_bytes = 2 * len(sources) * len(targets) * rows**2 * own
             needed = result_bytes + 2 * math.ceil(contraction.bytes_per_sample(rows)) * (chunk_size or 1)
-            check_memory(needed, max_memory)
+            check_memory(needed, max_memory, sources.device)
             room = WORKING_BYTES if max_memory is None else max_memory - result_bytes
             passes = [outputs] if form == "full" else [[output] for output in outputs]
             title = f"kernel of {len(sources)} x {len(targets)} samples"
@@ -130,7 +130,7 @@ def kernel_diagonal(
         x = checks.check_targets(xs, "xs")
         kind, only_narrow = measured_in(model, None)
         x = all_converted((x, x, x), kind, only_narrow)[0]
-        with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
+        with told_of_memory(), preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
             contraction = _prepared(subject, x, None)
             found = torch.zeros(len(x), dtype=parameters_dtype(model), device=x.device)
             for output in _chosen_outputs(form, contraction.n_outputs):

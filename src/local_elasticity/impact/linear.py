@@ -154,7 +154,7 @@ def _one_by_one(
         return reason
     shape = (problem.n_sources, problem.n_targets, problem.n_outputs)
     plan.estimated_bytes = _bytes(problem, shape)
-    check_memory(plan.estimated_bytes, max_memory)
+    check_memory(plan.estimated_bytes, max_memory, problem.before.device)
     change = problem.before.new_empty(shape)
     source_change = torch.empty_like(problem.source_before)
     losses = problem.before.new_empty(problem.n_sources)

@@ -18,7 +18,7 @@ from local_elasticity.errors import NoiseWarning
 from local_elasticity.impact import checks
 from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
-from local_elasticity.impact.plan import MemoryMeter, Plan
+from local_elasticity.impact.plan import MemoryMeter, Plan, told_of_memory
 from local_elasticity.impact.problem import LossFunction, Problem, all_converted, measured_in
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.subject import Mode, preserved
@@ -146,7 +146,7 @@ def measure(
         kind, only_narrow = measured_in(model, dtype)
         originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inputs, labels, looked_at = all_converted((inputs, labels, looked_at), kind, only_narrow)
-    with preserved(model, mode, loss_fn, kind, only_narrow) as subject:
+    with told_of_memory(), preserved(model, mode, loss_fn, kind, only_narrow) as subject:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         step = update.bind(parameters, originals)
         problem = Problem(subject, loss_fn, inputs, labels, looked_at, parameters, step, target_chunk_size)

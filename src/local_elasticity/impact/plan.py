@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from local_elasticity.errors import InputError
+
+FEWER = (
+    "take fewer sources or targets at once, measure_tiles for a matrix on disk, or a smaller max_memory or chunk_size"
+)
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_estimates: ContextVar[list[int] | None] = ContextVar("estimates", default=None)
 
 
 @dataclass
@@ -49,14 +60,134 @@ class Plan:
         return asdict(self)
 
 
-def check_memory(needed: int, limit: int | None) -> None:
-    """Refuse what would take more bytes than the user allows."""
-    if limit is not None and needed > limit:
+def check_memory(needed: int, limit: int | None, device: torch.device | None = None) -> None:
+    """Refuse what would take more bytes than the user allows or, without a limit, than there are.
+
+    Args:
+        needed: the estimate.
+        limit: ``max_memory`` of the user.
+        device: where the bytes are needed; the processor's memory by default.
+
+    Raises:
+        InputError: with the estimate; nothing has been allocated.
+    """
+    estimates = _estimates.get()
+    if estimates is not None:
+        estimates.append(needed)
+    if limit is not None:
+        if needed > limit:
+            raise InputError(
+                expected=f"max_memory of at least {needed:,} bytes for these sources, targets and weights",
+                got=f"{limit:,} bytes",
+                do="raise max_memory, or measure fewer sources or targets at once",
+            )
+        return
+    available = available_memory(device)
+    if available is not None and needed > available:
+        where = "memory" if device is None or device.type == "cpu" else f"memory of {device}"
         raise InputError(
-            expected=f"max_memory of at least {needed:,} bytes for these sources, targets and weights",
-            got=f"{limit:,} bytes",
-            do="raise max_memory, or measure fewer sources or targets at once",
+            expected=f"at least {needed:,} bytes of free {where} for these sources, targets and weights (an estimate)",
+            got=f"{available:,} bytes",
+            do=FEWER,
         )
+
+
+@contextmanager
+def told_of_memory(needed: int | None = None) -> Iterator[None]:
+    """Tell of an allocation that fails inside with an estimate, not in the allocator's words.
+
+    Args:
+        needed: the estimate; by default the largest that `check_memory` let pass inside.
+
+    Raises:
+        InputError: memory ran out inside.
+    """
+    estimates = [] if needed is None else [needed]
+    token = _estimates.set(estimates)
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        about = f"about {max(estimates):,} bytes of free memory" if estimates else "enough free memory"
+        raise InputError(expected=f"{about} for this work", got="an allocation that failed", do=FEWER) from None
+    finally:
+        _estimates.reset(token)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def available_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that can still be allocated: what the machine, its control groups and the limits of the process leave.
+
+    Args:
+        device: a CUDA device; the processor's memory by default.
+
+    Returns:
+        The bytes, or None where the system does not tell.
+    """
+    if device is not None and device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device is not None and device.type != "cpu":
+        return None
+    known = [room for room in (_machine_room(), *_group_rooms(), _process_room()) if room is not None]
+    return max(0, min(known)) if known else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> int | None:
+    """The number behind a name at the start of a line."""
+    line = next((line.split() for line in text.splitlines() if line.startswith(name)), None)
+    return int(line[1]) if line else None
+
+
+def _machine_room() -> int | None:
+    free = _field(_read(Path("/proc/meminfo")), "MemAvailable:")
+    return None if free is None else free * 1024
+
+
+def _process_room() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    size = _field(_read(Path("/proc/self/status")), "VmSize:")
+    return None if limit == resource.RLIM_INFINITY or size is None else limit - size * 1024
+
+
+def _group_rooms(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What is left in each control group around this process, of both versions."""
+    for line in _read(groups).splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        v2 = not controllers
+        top = root if v2 else root / "memory"
+        names = ("memory.max", "memory.current") if v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        folder = top / inside.lstrip("/")
+        for group in (folder, *folder.parents):
+            limit, usage = (_read(group / name).strip() for name in names)
+            if limit.isdigit() and usage.isdigit():
+                # Pages of files count as usage, but give way.
+                cache = _field(_read(group / "memory.stat"), "inactive_file " if v2 else "total_inactive_file ")
+                yield int(limit) - int(usage) + (cache or 0)
+            if group == top:
+                break
 
 
 class MemoryMeter:

@@ -58,12 +58,12 @@ def measure_replay(
     n = problem.n_sources
     weight_bytes = sum(p.numel() * p.element_size() for p in problem.parameters)
     result_bytes = n * problem.n_targets * problem.n_outputs * problem.before.element_size()
-    check_memory(2 * result_bytes + 2 * weight_bytes, max_memory)
+    check_memory(2 * result_bytes + 2 * weight_bytes, max_memory, problem.before.device)
     limit = VMAP_BYTES if max_memory is None else max_memory - 2 * result_bytes
     plan = _planned(problem, route, chunk_size, weight_bytes, limit)
     copies = 2 if plan.route == "step" else 1 + 2 * plan.chunk_size
     plan.estimated_bytes = 2 * result_bytes + copies * weight_bytes
-    check_memory(plan.estimated_bytes, max_memory)
+    check_memory(plan.estimated_bytes, max_memory, problem.before.device)
     results = _Results(
         problem.before.new_empty((n, problem.n_targets, problem.n_outputs)),
         torch.empty_like(problem.source_before),
