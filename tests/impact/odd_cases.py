@@ -4,7 +4,7 @@ from functools import partial
 
 import odd_losses as losses
 import odd_models as m
-from odd_models import CONTRACT, DOUBLE, TRANSFORMS, VMAP, Case
+from odd_models import CONTRACT, DOUBLE, JVP, TRANSFORMS, VMAP, Case
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -13,6 +13,7 @@ NO_FORWARD_AD = "there is no forward-mode derivative"
 MOVES = "the forward or the loss moves a state or draws: one call a source is the only way"
 WRITES = "weights or arguments are written, so copies of the weights in one batch cannot stand for them"
 DATA_DEPENDENT = "Python looks at values, which no transform shows it"
+UNUSED = "no gradient reaches some weights, which an optimiser leaves alone"
 HOOKED = "a backward hook is no part of the derivative that transforms take"
 ADDS = "the loss reads weights or activations by itself: what that adds cannot be contracted"
 COMPILED = "its graph is frozen"
@@ -33,9 +34,21 @@ ORDINARY = [
     Case("group norm", m.group_norm, data=m.images),
     Case("layer norm", m.layer_norm),
     Case("rms norm", m.rms_norm),
-    Case("lstm both ways", partial(m.Recurrent, nn.LSTM, bidirectional=True), data=m.sequences),
-    Case("gru of two layers", partial(m.Recurrent, nn.GRU, num_layers=2), data=m.sequences),
-    Case("rnn", partial(m.Recurrent, nn.RNN), data=m.sequences),
+    Case(
+        "lstm both ways",
+        partial(m.Recurrent, nn.LSTM, bidirectional=True),
+        data=m.sequences,
+        may_refuse=frozenset({VMAP}),
+        why=NO_RULE,
+    ),
+    Case(
+        "gru of two layers",
+        partial(m.Recurrent, nn.GRU, num_layers=2),
+        data=m.sequences,
+        may_refuse=frozenset({VMAP}),
+        why=NO_RULE,
+    ),
+    Case("rnn", partial(m.Recurrent, nn.RNN), data=m.sequences, may_refuse=frozenset({VMAP}), why=NO_RULE),
     Case("multihead attention", m.Attending, data=m.sequences),
     Case("transformer layer", partial(m.Encoding, 0.0), data=m.sequences),
     Case("transformer layer with dropout", partial(m.Encoding, 0.1), data=m.sequences),
@@ -44,7 +57,7 @@ ORDINARY = [
     Case("tied weights", m.Tied, data=m.tokens),
     Case("shared layer", m.Shared),
     Case("residual in place", m.Residual),
-    Case("module lists", m.Blocks),
+    Case("module lists", m.Blocks, may_refuse=frozenset({VMAP}), why=UNUSED),
     Case("frozen layer", m.frozen),
     Case("dropout in eval", m.dropout),
     Case("one output", m.one_output, losses.fixed(nn.BCEWithLogitsLoss), m.yes_or_no),
@@ -52,7 +65,7 @@ ORDINARY = [
     Case("prelu and bilinear", m.Bilinear),
     Case("slots", m.Slots),
     Case("weights in a plain list", m.Unregistered),
-    Case("detached branch", m.Detaching),
+    Case("detached branch", m.Detaching, may_refuse=frozenset({VMAP}), why=UNUSED),
     Case("lazy table", m.LazyTable),
     Case("stored activation", m.StoresActivation),
     Case("observing hook", m.observer_hook),
@@ -75,7 +88,7 @@ ODD_MODELS = [
     Case("complex weights", m.Complex, may_refuse=frozenset({VMAP, CONTRACT}), why="real arithmetic"),
     Case("real weights, complex activations", m.Spectrum, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
     Case("expanded weight", m.Expanded, must_refuse=True, why="torch.optim cannot step on it"),
-    Case("weight norm", m.weight_norm, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
+    Case("weight norm", m.weight_norm, may_refuse=frozenset({CONTRACT, JVP}), why=NO_FORWARD_AD),
     Case("weight norm by hook", m.old_weight_norm, may_refuse=TRANSFORMS, why=MOVES),
     Case("spectral norm", m.spectral_norm, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
     Case("spectral norm by hook", m.old_spectral_norm, may_refuse=TRANSFORMS, why=MOVES),
@@ -84,8 +97,8 @@ ODD_MODELS = [
     Case(
         "weight norm, cached by the user",
         m.weight_norm,
-        may_refuse=frozenset({CONTRACT}),
-        why=NOT_CONTRACTED,
+        may_refuse=frozenset({CONTRACT, JVP}),
+        why=NO_FORWARD_AD,
         around=parametrize.cached,
     ),
     Case("old autograd function", partial(m.HandWritten, m._HandTanh), may_refuse=TRANSFORMS, why=NO_RULE),
@@ -168,7 +181,14 @@ ORDINARY_LOSSES = [
     Case("multi-label", m.mlp, losses.fixed(nn.BCEWithLogitsLoss), m.label_sets),
     Case("squares", m.mlp, losses.fixed(nn.MSELoss), m.real_targets),
     Case("huber", m.mlp, losses.fixed(nn.HuberLoss), m.real_targets),
-    Case("gaussian", m.mlp, losses.fixed(lambda: losses.gaussian), m.real_targets),
+    Case(
+        "gaussian",
+        m.mlp,
+        losses.fixed(lambda: losses.gaussian),
+        m.real_targets,
+        may_refuse=frozenset({VMAP}),
+        why=DATA_DEPENDENT,
+    ),
     Case("learned loss", m.mlp, losses.fixed(losses.Learned)),
 ]
 
