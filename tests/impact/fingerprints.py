@@ -21,6 +21,8 @@ def bits(value: Any) -> Any:
 def _bits(value: Any, visited: set[int]) -> Any:
     if isinstance(value, Tensor):
         return tensor_bits(value)
+    if isinstance(value, int) and value > 2**40:  # an address, as compiled code keeps them
+        return "address"
     if isinstance(value, (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)):
         return value
     if isinstance(value, (np.generic, np.ndarray)):

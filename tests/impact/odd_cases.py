@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 NO_RULE = "vmap has no rule for it"
+IDLE = "torch.func gives zeros to weights without gradient, which decay would move"
 NO_FORWARD_AD = "there is no forward-mode derivative"
 MOVES = "the forward or the loss moves a state or draws: one call a source is the only way"
 WRITES = "weights or arguments are written, so copies of the weights in one batch cannot stand for them"
 DATA_DEPENDENT = "Python looks at values, which no transform shows it"
-UNUSED = "no gradient reaches some weights, which an optimiser leaves alone"
 HOOKED = "a backward hook is no part of the derivative that transforms take"
 ADDS = "the loss reads weights or activations by itself: what that adds cannot be contracted"
 COMPILED = "its graph is frozen"
@@ -57,7 +57,7 @@ ORDINARY = [
     Case("tied weights", m.Tied, data=m.tokens),
     Case("shared layer", m.Shared),
     Case("residual in place", m.Residual),
-    Case("module lists", m.Blocks, may_refuse=frozenset({VMAP}), why=UNUSED),
+    Case("module lists", m.Blocks, may_refuse=frozenset({VMAP}), why=IDLE),
     Case("frozen layer", m.frozen),
     Case("dropout in eval", m.dropout),
     Case("one output", m.one_output, losses.fixed(nn.BCEWithLogitsLoss), m.yes_or_no),
@@ -65,7 +65,7 @@ ORDINARY = [
     Case("prelu and bilinear", m.Bilinear),
     Case("slots", m.Slots),
     Case("weights in a plain list", m.Unregistered),
-    Case("detached branch", m.Detaching, may_refuse=frozenset({VMAP}), why=UNUSED),
+    Case("detached branch", m.Detaching, may_refuse=frozenset({VMAP}), why=IDLE),
     Case("lazy table", m.LazyTable),
     Case("stored activation", m.StoresActivation),
     Case("observing hook", m.observer_hook),
@@ -76,7 +76,13 @@ ORDINARY = [
 
 ODD_MODELS = [
     Case("embedding of small norm", partial(m.Reading, max_norm=0.5), data=m.tokens, may_refuse=TRANSFORMS, why=WRITES),
-    Case("sparse embedding", partial(m.Reading, sparse=True), data=m.tokens, may_refuse=TRANSFORMS, why=NO_RULE),
+    Case(
+        "sparse embedding",
+        partial(m.Reading, sparse=True),
+        data=m.tokens,
+        may_refuse=TRANSFORMS | {"step"},
+        why="no rule of vmap, and AdamW takes no sparse gradients",
+    ),
     Case(
         "embedding scaled by frequency",
         partial(m.Reading, scale_grad_by_freq=True),
@@ -88,7 +94,7 @@ ODD_MODELS = [
     Case("complex weights", m.Complex, may_refuse=frozenset({VMAP, CONTRACT}), why="real arithmetic"),
     Case("real weights, complex activations", m.Spectrum, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
     Case("expanded weight", m.Expanded, must_refuse=True, why="torch.optim cannot step on it"),
-    Case("weight norm", m.weight_norm, may_refuse=frozenset({CONTRACT, JVP}), why=NO_FORWARD_AD),
+    Case("weight norm", m.weight_norm, may_refuse=frozenset({CONTRACT, JVP}), why=NOT_CONTRACTED),
     Case("weight norm by hook", m.old_weight_norm, may_refuse=TRANSFORMS, why=MOVES),
     Case("spectral norm", m.spectral_norm, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
     Case("spectral norm by hook", m.old_spectral_norm, may_refuse=TRANSFORMS, why=MOVES),
@@ -98,7 +104,7 @@ ODD_MODELS = [
         "weight norm, cached by the user",
         m.weight_norm,
         may_refuse=frozenset({CONTRACT, JVP}),
-        why=NO_FORWARD_AD,
+        why=NOT_CONTRACTED,
         around=parametrize.cached,
     ),
     Case("old autograd function", partial(m.HandWritten, m._HandTanh), may_refuse=TRANSFORMS, why=NO_RULE),
@@ -148,7 +154,7 @@ ODD_MODELS = [
     Case("gradient turned round", m.ReversesGradient, may_refuse=TRANSFORMS, why=HOOKED),
     Case("straight through", partial(m.HandWritten, m._StraightThrough), may_refuse=TRANSFORMS, why=HOOKED),
     Case("hook on a weight", lambda: m.HookedWeights(stored=False).hook(), may_refuse=TRANSFORMS, why=HOOKED),
-    Case("hook on a stored gradient", lambda: m.HookedWeights(stored=True).hook(), may_refuse=TRANSFORMS, why=HOOKED),
+    Case("hook on a stored gradient", lambda: m.HookedWeights(stored=True).hook(), must_refuse=True, why=HOOKED),
     Case(
         "batch norm without statistics",
         m.batch_norm_without_statistics,
@@ -181,14 +187,7 @@ ORDINARY_LOSSES = [
     Case("multi-label", m.mlp, losses.fixed(nn.BCEWithLogitsLoss), m.label_sets),
     Case("squares", m.mlp, losses.fixed(nn.MSELoss), m.real_targets),
     Case("huber", m.mlp, losses.fixed(nn.HuberLoss), m.real_targets),
-    Case(
-        "gaussian",
-        m.mlp,
-        losses.fixed(lambda: losses.gaussian),
-        m.real_targets,
-        may_refuse=frozenset({VMAP}),
-        why=DATA_DEPENDENT,
-    ),
+    Case("gaussian", m.mlp, losses.fixed(lambda: losses.gaussian), m.real_targets, frozenset({VMAP}), DATA_DEPENDENT),
     Case("learned loss", m.mlp, losses.fixed(losses.Learned)),
 ]
 

@@ -604,7 +604,7 @@ BAD = {
     "empty": ({"sources": (torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))}, {}, "at least one sample"),
     "no tensors": ({"sources": (np.zeros((3, 6)), np.zeros(3))}, {}, "torch tensor"),
     "empty targets": ({"targets": torch.zeros(0, 6, dtype=torch.float64)}, {}, "at least one sample"),
-    "nan inputs": ({"targets": torch.full((2, 6), float("nan"), dtype=torch.float64)}, {}, "finite targets"),
+    "nan inputs": ({"targets": torch.full((2, 6), float("nan"), dtype=torch.float64)}, {}, "targets: finite numbers"),
     "engine": ({}, {"engine": "liner"}, "did you mean 'linear'"),
     "route": ({}, {"route": "vamp"}, "did you mean 'vmap'"),
     "mode": ({}, {"mode": "evil"}, "did you mean 'eval'"),

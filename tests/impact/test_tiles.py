@@ -86,7 +86,7 @@ def test_a_store_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("no store")
     with pytest.raises(InputError, match="zarr store"):
         measure_tiles(model, *arguments, update=SGD(0.1), out=tmp_path / "file")
-    with pytest.raises(InputError, match="'linear' or 'replay'"):
+    with pytest.raises(InputError, match="engine: one of 'linear', 'replay'"):
         measure_tiles(model, *arguments, update=SGD(0.1), out=tmp_path / "q.zarr", engine="auto")
 
 

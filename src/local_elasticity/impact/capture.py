@@ -154,7 +154,10 @@ class Recorder(TorchFunctionMode):
         call = Call(self.n, possible[min(turn, len(possible) - 1)])
         with torch.no_grad():
             bare = {key: self._bare(value) for key, value in kwargs.items()}
-            parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]
+            try:
+                parts = [part for part in made(call, *map(self._bare, args), **bare) if self._keys(part)]
+            except (ValueError, RuntimeError, TypeError, IndexError):  # a use that the rule was not made for
+                return []
         if parts:
             record = Record(made, call, get_gradient_edge(result), result.shape, result.dtype, parts)
             self.records.append(record)
@@ -281,6 +284,14 @@ def capture(
     return result, [None if g is None else g.detach() for g in reference]
 
 
+def _gradient_of(part: Direct, g: Tensor) -> Tensor:
+    """The gradient of a small parameter at every sample; NaN, which fails the check, for a use not made for it."""
+    try:
+        return part.gradient(g)
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return torch.full((len(g), 1), float("nan"), dtype=part.weight.dtype, device=g.device)
+
+
 @dataclass
 class _Factors:
     """Sorts the gradients at the calls' outputs into factors and direct gradients as they come, row by row."""
@@ -306,7 +317,7 @@ class _Factors:
                 self._keep(position, row, record.call.samples_first(g))
             for part in record.parts:
                 if isinstance(part, Direct):
-                    self._add(part, row, part.gradient(g))
+                    self._add(part, row, _gradient_of(part, g))
 
     def _keep(self, position: int, row: int, g: Tensor) -> None:
         part = next(part for part in self.records[position].parts if isinstance(part, Outer | Lookup))

@@ -5,21 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_bytes, check_instance, check_whole
+from local_elasticity.base.tensors import check_callable, check_dtype, check_module, check_pair, check_tensor
 from local_elasticity.errors import InputError
+from local_elasticity.updates import Update
 
 
 def check_model(model: nn.Module) -> None:
     """Refuse what has no trainable parameters, or has weights that are not finite."""
-    if not isinstance(model, nn.Module):
-        raise InputError(expected="a torch.nn.Module", got=type(model).__name__, do="pass the network itself")
+    check_module("model", model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise InputError(
-            expected="a model with parameters that require gradients",
-            got="a model without any",
-            do="unfreeze some with parameter.requires_grad_(True)",
-        )
     for name, parameter in trainable:
+        _check_parameter(name, parameter)
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter.detach()).all()):
             raise InputError(
                 expected="finite weights",
@@ -28,48 +25,66 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_sources(sources: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the sources, one label an input, at least one source."""
-    try:
-        inputs, labels = sources
-    except (TypeError, ValueError):
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    """Refuse what no step can be taken on."""
+    if parameter._post_accumulate_grad_hooks:
         raise InputError(
-            expected="sources=(inputs, labels)", got=type(sources).__name__, do="pass a pair of tensors"
-        ) from None
-    check_tensor("source inputs", inputs)
-    check_tensor("source labels", labels)
-    if labels.dim() == 0 or len(labels) != len(inputs):
-        raise InputError(
-            expected=f"one label for each of the {len(inputs)} sources",
-            got=f"labels of shape {tuple(labels.shape)}",
-            do="pass inputs and labels of the same length",
+            expected="gradients that go to the optimiser as they come",
+            got=f"a hook on the stored gradient of {name!r}, which acts outside of the measurement",
+            do="remove it (register_post_accumulate_grad_hook) while measuring, or use register_hook",
         )
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise InputError(
+            expected="weights that each have memory of their own",
+            got=f"the expanded parameter {name!r}, to which no optimiser can write",
+            do="make it contiguous, for example nn.Parameter(weight.contiguous())",
+        )
+
+
+def check_loss_function(loss_fn: object) -> None:
+    """Refuse what is no function of outputs and labels."""
+    check_callable("loss_fn", loss_fn, 2, "torch.nn.functional.cross_entropy")
+
+
+def check_sources(sources: tuple[Tensor, Tensor], name: str = "sources") -> tuple[Tensor, Tensor]:
+    """Inputs and labels of the sources, one label an input, at least one source."""
+    inputs, labels = check_pair(name, sources)
     return _detached(inputs), _detached(labels)
 
 
-def check_targets(targets: Tensor) -> Tensor:
+def check_targets(targets: Tensor, name: str = "targets") -> Tensor:
     """The targets' inputs, at least one."""
-    check_tensor("targets", targets)
-    return _detached(targets)
+    return _detached(check_tensor(name, targets))
+
+
+def check_update(update: object) -> None:
+    """Refuse what is no update."""
+    if isinstance(update, torch.optim.Optimizer):
+        raise InputError(
+            expected="update: a step", got=f"the optimiser {type(update).__name__}", do="pass le.from_optimizer(it)"
+        )
+    check_instance("update", update, Update, "le.SGD(lr=0.01)")
+
+
+def check_numbers(
+    chunk_size: object = None, target_chunk_size: object = None, check_pairs: object = 0, max_memory: object = None
+) -> None:
+    """The numbers that most looks take."""
+    check_whole("chunk_size", chunk_size, or_none=True)
+    check_whole("target_chunk_size", target_chunk_size, or_none=True)
+    check_whole("check_pairs", check_pairs, 0)
+    check_bytes("max_memory", max_memory)
+
+
+def check_measured_dtype(dtype: object) -> None:
+    """A floating-point dtype, "as_is" or None."""
+    if dtype != "as_is":
+        check_dtype("dtype", dtype)
 
 
 def _detached(x: Tensor) -> Tensor:
     """Without its graph; a tensor made in inference mode is cloned, because autograd cannot save it."""
     return x.clone() if x.is_inference() else x.detach()
-
-
-def check_tensor(name: str, value: object) -> None:
-    """A tensor with at least one sample and nothing but finite numbers."""
-    if not isinstance(value, Tensor):
-        raise InputError(expected=f"{name} as a torch tensor", got=type(value).__name__, do="use torch.as_tensor")
-    if value.dim() == 0 or len(value) == 0:
-        raise InputError(
-            expected=f"{name} with at least one sample",
-            got=f"shape {tuple(value.shape)}",
-            do="pass a batch, samples first",
-        )
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise InputError(expected=f"finite {name}", got="NaN or infinity", do="clean the data first")
 
 
 def check_output(output: object, batch: int) -> Tensor:

@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
-
 from local_elasticity.errors import InputError
 from local_elasticity.impact.contracted import Contracted, prepare
-from local_elasticity.impact.first_order import CHECKED_TARGETS, Result, difference_error, relative_error
+from local_elasticity.impact.costs import captured_cost, replayed_cost
+from local_elasticity.impact.first_order import (
+    CHECKED_TARGETS,
+    NOT_THE_DERIVATIVE,
+    Result,
+    derivative_error,
+    difference_error,
+    relative_error,
+)
 from local_elasticity.impact.linear import ALLOWED, measure_linear
 from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.replay import finite_step, measure_replay
 
 LEAST_SOURCES = 16  # fewer are replayed in less time than the choice takes
 MOST_ERROR = 0.01
-STEP_COST = 32  # a gradient and a written step, in forward passes of one target
-CAPTURE_COST = 3  # a source that is no target is captured too
-ONE_POSITION, MANY_POSITIONS = 2, 5  # what a captured target costs an output, in its forward passes
-UNROLLED = 10  # recurrent layers are unrolled in Python to be captured
 
 
 def choose(
@@ -58,6 +60,8 @@ def _checked(problem: Problem, ready: Contracted, n_targets: int) -> tuple[Calla
             if not wrong <= ALLOWED:
                 return measure_replay, [f"engine auto: replay (first order is off by {wrong:.2g})"]
             continue
+        if source != problem.first_source and not derivative_error(problem, source, linear[:CHECKED_TARGETS]) <= 1:
+            return measure_replay, [f"engine auto: replay ({NOT_THE_DERIVATIVE})"]
         if not error <= MOST_ERROR:
             words = f"first order is off by {error:.2g} of the step's change, more than {MOST_ERROR:g}"
             return measure_replay, [f"engine auto: replay ({words})"]
@@ -72,26 +76,6 @@ def _with_error(error: float, ready: Contracted, problem: Problem, **settings: o
     result = measure_linear(problem, ready=ready, **settings)  # pyright: ignore[reportArgumentType]
     result.linearization_error = error
     return result
-
-
-def captured_cost(problem: Problem) -> int:
-    """Forward passes of one target that the contraction's captures cost."""
-    layers = list(problem.model.modules())
-    factor = MANY_POSITIONS if any(isinstance(layer, _POSITIONS) for layer in layers) else ONE_POSITION
-    unrolled = UNROLLED if any(isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in layers) else 1
-    strangers = 0 if problem.inputs is problem.targets else CAPTURE_COST * problem.n_sources
-    return (1 + factor * problem.n_outputs) * problem.n_targets * unrolled + strangers
-
-
-def replayed_cost(problem: Problem) -> int:
-    """Forward passes of one target that replaying every source costs."""
-    return problem.n_sources * (problem.n_targets + STEP_COST)
-
-
-_POSITIONS = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
-    nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase,
-)  # fmt: skip
 
 
 def _reason_to_replay(problem: Problem, route: str | None, check_pairs: int) -> str | None:

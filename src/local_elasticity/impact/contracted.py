@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -227,12 +228,21 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
     results = 3 * pairs  # the contraction, the change and after
     budget = DEFAULT_BYTES if max_memory is None else max_memory - results
     block = min(BLOCK_BYTES, max(budget // 8, 2**16))
-    contraction = Contraction(
-        problem.model, problem.targets, parameters=problem.parameters, scales=scales, block_bytes=block
-    )
+    if any(p._backward_hooks for p in problem.parameters):
+        return "hooks on the gradients of weights"
+    try:
+        contraction = Contraction(
+            problem.model, problem.targets, parameters=problem.parameters, scales=scales, block_bytes=block
+        )
+    except InputError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        return f"the layers cannot be followed ({str(error).strip().splitlines()[0]})"
     factors = loss_factors(problem)
     if isinstance(factors, str):
         return factors
+    if not _is_linear_backwards(problem, factors.cotangents[problem.first_source]):
+        return "a backward pass that is not linear (a hook or function that changes gradients)"
     for source in torch.nonzero(~torch.isfinite(factors.losses)).flatten().tolist():
         problem.check_loss(factors.losses[source], source)
     notes = []
@@ -259,6 +269,29 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
         results + captured + 4 * block + left_over,
         notes,
     )
+
+
+def _is_linear_backwards(problem: Problem, cotangent: Tensor) -> bool:
+    """Whether the backward pass of a sum is the sum of the backward passes, as contraction takes it to be."""
+    other = torch.linspace(1.0, 2.0, cotangent.numel(), dtype=cotangent.dtype, device=cotangent.device)
+    other = other * (cotangent.abs().max() + (cotangent.abs().max() == 0)) * 3
+    with torch.enable_grad():
+        output = problem.subject.call(problem.inputs[problem.first_source : problem.first_source + 1])
+        parts = [
+            torch.autograd.grad(
+                output, problem.parameters, seed.reshape(output.shape).to(output), retain_graph=True, allow_unused=True
+            )
+            for seed in (cotangent, other, cotangent + other)
+        ]
+    eps = torch.finfo(problem.output_dtype).eps
+    return all(
+        a is None or bool((a + b - c).abs().max() <= 1e3 * eps * (a.abs().max() + b.abs().max() + 1e-30))
+        for a, b, c in ((_dense(a), _dense(b), _dense(c)) for a, b, c in zip(*parts, strict=True))
+    )
+
+
+def _dense(x: Tensor | None) -> Any:
+    return x.to_dense() if x is not None and x.is_sparse else x
 
 
 def _with_penalty(

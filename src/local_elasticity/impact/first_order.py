@@ -14,6 +14,8 @@ from local_elasticity.impact.problem import Problem
 
 ALLOWED = 0.02  # of a first-order change: how far a central difference of the real forward pass may be from it
 CHECKED_TARGETS = 8
+NOT_THE_DERIVATIVE = "backward passes that are not the derivative (a hook or function that changes gradients)"
+_CANNOT_FOLLOW = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Result:
 def first_order_change(problem: Problem, directions: list[Tensor], x: Tensor) -> Float[Tensor, "batch outputs"]:
     """The derivative of the outputs at ``x`` along a direction of the weights, by forward-mode differentiation."""
     weights = [p.detach() for p in problem.parameters]
+    problem.subject.rewind()
     with torch.no_grad(), transformable(problem.model):
         return torch.func.jvp(lambda values: problem.output_at(values, x), (weights,), (directions,))[1]
 
@@ -40,6 +43,25 @@ def relative_error(finite: Tensor, linear: Tensor) -> float:
     """‖finite - linear‖ / ‖finite‖; NaN where nothing moved."""
     size = float(finite.norm())
     return float((finite - linear).norm()) / size if size else float("nan")
+
+
+def derivative_error(problem: Problem, source: int, linear: Float[Tensor, "rows outputs"]) -> float:
+    """How far a contracted change of the first targets is from the derivative itself, in parts of what is allowed.
+
+    Contraction takes the Jacobian from backward passes, which a hook or a function of the model may have changed. It is
+    compared with forward-mode differentiation, to rounding; where that cannot follow, with ``difference_error``.
+
+    Returns:
+        At most 1 where it is right.
+    """
+    directions = problem.step.directions(problem.gradient(source)[1])
+    try:
+        exact = first_order_change(problem, directions, problem.targets[: len(linear)])
+    except _CANNOT_FOLLOW:
+        return difference_error(problem, source, linear) / ALLOWED
+    eps = torch.finfo(problem.output_dtype).eps
+    allowed = eps**0.5 * float(exact.norm()) + eps * float(problem.before.abs().max())
+    return float((exact - linear).norm()) / max(allowed, 1e-300)
 
 
 def difference_error(problem: Problem, source: int, linear: Float[Tensor, "rows outputs"]) -> float:

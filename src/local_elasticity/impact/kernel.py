@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_bytes, check_choice, check_flag, check_whole
+from local_elasticity.base.tensors import check_fits, check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
@@ -60,11 +62,18 @@ def kernel(
 
     Source: Jacot, Gabriel, Hongler, "Neural Tangent Kernel" (arXiv:1806.07572), at the weights as they are.
     """
+    check_whole("chunk_size", chunk_size, or_none=True)
+    check_bytes("max_memory", max_memory)
+    check_choice("mode", mode, get_args(Mode))
+    check_flag("progress", progress)
+    checks.check_measured_dtype(dtype)
     with torch.inference_mode(False):
-        model = inner_module(model)
+        model = inner_module(check_module("model", model))
         checks.check_model(model)
-        sources = checks.check_targets(xs)
-        targets = sources if xt is None else checks.check_targets(xt)
+        sources = checks.check_targets(xs, "xs")
+        targets = sources if xt is None else checks.check_targets(xt, "xt")
+        check_fits(model, "xs", sources)
+        check_fits(model, "xt", targets)
         kind, only_narrow = measured_in(model, dtype)
         sources, _, targets = all_converted((sources, sources, targets), kind, only_narrow)
         with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
@@ -114,10 +123,11 @@ def kernel_diagonal(
     Raises:
         InputError: as ``kernel``.
     """
+    check_choice("mode", mode, get_args(Mode))
     with torch.inference_mode(False):
-        model = inner_module(model)
+        model = inner_module(check_module("model", model))
         checks.check_model(model)
-        x = checks.check_targets(xs)
+        x = checks.check_targets(xs, "xs")
         kind, only_narrow = measured_in(model, None)
         x = all_converted((x, x, x), kind, only_narrow)[0]
         with preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from local_elasticity.errors import InputError
 from local_elasticity.impact.contracted import Contracted, prepare
+from local_elasticity.impact.costs import captured_cost
 from local_elasticity.impact.first_order import (
     ALLOWED,
     CHECKED_TARGETS,
+    NOT_THE_DERIVATIVE,
     Result,
+    derivative_error,
     difference_error,
     first_order_change,
     relative_error,
@@ -88,7 +91,7 @@ def _by_count(
             ready = prepare(problem, chunk_size=chunk_size, max_memory=max_memory)
             outcome = ready if isinstance(ready, str) else _contract(problem, ready, plan, progress, meter)
         if isinstance(outcome, Result):
-            reason = _wrong(problem, outcome)
+            reason = _wrong(problem, outcome, name)
             if reason is None:
                 return outcome
         else:
@@ -106,12 +109,14 @@ def _by_count(
     )
 
 
-def _wrong(problem: Problem, result: Result) -> str | None:
-    """Compare the changes of two sources with differences of real forward passes."""
-    for source in sorted({problem.first_source, problem.n_sources - 1}):
-        error = difference_error(problem, source, result.change[source, :CHECKED_TARGETS])
-        if not error <= ALLOWED:
-            return f"its changes at source {source} are off by {error:.2g} from those of real forward passes"
+def _wrong(problem: Problem, result: Result, route: str) -> str | None:
+    """Compare the changes of one source with real forward passes, of another with the derivative (of a contraction)."""
+    source, other = problem.first_source, problem.n_sources - 1
+    error = difference_error(problem, source, result.change[source, :CHECKED_TARGETS])
+    if not error <= ALLOWED:
+        return f"its changes at source {source} are off by {error:.2g} from those of real forward passes"
+    if route == "contract" and not derivative_error(problem, other, result.change[other, :CHECKED_TARGETS]) <= 1:
+        return NOT_THE_DERIVATIVE
     return None
 
 
@@ -119,18 +124,14 @@ def _contract(problem: Problem, ready: Contracted, plan: Plan, progress: bool, m
     plan.chunk_size, plan.estimated_bytes = ready.chunk_size, ready.estimated_bytes
     plan.notes += ready.notes
     title = f"{problem.n_sources} x {problem.n_targets} pairs, engine linear"
-    started, done = time.perf_counter(), 0
+    plan.estimated_seconds = problem.seconds_so_far + problem.seconds_per_target * captured_cost(problem)
 
     def advance(amount: int) -> None:
-        nonlocal done
-        done += amount
-        if math.isnan(plan.estimated_seconds):
-            plan.estimated_seconds = (time.perf_counter() - started) * problem.n_sources / done
-            bar.estimate(plan.estimated_seconds)
         bar.advance(amount)
         meter.look()
 
     with Progress(progress, problem.n_sources, title) as bar:
+        bar.estimate(plan.estimated_seconds)
         change, own = ready.work(advance)
         meter.look()
     names = [name for name, p in problem.model.named_parameters() if p.requires_grad]

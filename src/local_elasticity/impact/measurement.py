@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError, NoiseWarning, nearest
+from local_elasticity.base.checks import check_choice, check_flag
+from local_elasticity.base.tensors import check_module
+from local_elasticity.errors import NoiseWarning
 from local_elasticity.impact import checks
 from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
@@ -27,6 +29,7 @@ from local_elasticity.updates import Update
 Engine = Literal["auto", "replay", "linear"]
 Outputs = Literal["logits", "probabilities", "values"]
 Route = Literal["step", "vmap", "contract", "jvp"]
+_ROUTES = {"auto": get_args(Route), "replay": ("step", "vmap"), "linear": ("contract", "jvp")}
 
 
 @dataclass
@@ -125,13 +128,17 @@ def measure(
         InputError: for anything that cannot be measured, before the work where possible.
     """
     started = time.perf_counter()
-    _check_choice("engine", engine, Engine)
-    _check_choice("outputs", outputs, Outputs)
-    _check_choice("mode", mode, Mode)
-    if route is not None:
-        _check_choice("route", route, Route)
+    check_choice("engine", engine, get_args(Engine))
+    check_choice("outputs", outputs, get_args(Outputs))
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("route", route, _ROUTES[engine], or_none=True)
+    checks.check_numbers(chunk_size, target_chunk_size, check_pairs, max_memory)
+    checks.check_measured_dtype(dtype)
+    check_flag("progress", progress)
+    checks.check_loss_function(loss_fn)
+    checks.check_update(update)
     with torch.inference_mode(False):
-        model = inner_module(model)
+        model = inner_module(check_module("model", model))
         check_alone(model, mode)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
@@ -195,12 +202,6 @@ def measure(
     if plan.engine == "replay":
         _warn_of_noise(impact, problem.ignored)
     return impact
-
-
-def _check_choice(name: str, value: str, kind: object) -> None:
-    known = [str(choice) for choice in get_args(kind)]
-    if value not in known:
-        raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
 
 
 def _warn_of_noise(impact: Impact, ignored: Tensor) -> None:

@@ -24,14 +24,12 @@ class Plan:
         chunk_size: sources taken at once.
         target_chunk_size: targets in one forward pass.
         threads: intra-op threads of torch.
-        estimated_seconds: told before the work, from the pilot.
-        measured_seconds: what it took, pilot and checks included.
-        seconds_per_source: what the pilot saw, by route and chunk, for example ``{"step": 0.05, "vmap:8": 0.02}``.
+        estimated_seconds: told before the work or after its first source, from counts and the passes made so far.
+        measured_seconds: what it took, checks included.
         estimated_bytes: weights' copies, gradients and the results.
-        estimated_routes: seconds that each admissible route would take, by the pilot.
         ways: route "contract": for each parameter the rule's form, or why it fell back to per-sample gradients.
         peak_bytes: rise of resident memory seen between sources (on CUDA: of allocated memory); None where unknown.
-        notes: what was ruled out, and why.
+        notes: what decided, what was ruled out, and why.
     """
 
     engine: str
@@ -41,11 +39,9 @@ class Plan:
     threads: int = field(default_factory=torch.get_num_threads)
     estimated_seconds: float = float("nan")
     measured_seconds: float = float("nan")
-    seconds_per_source: dict[str, float] = field(default_factory=dict)
     estimated_bytes: int = 0
     peak_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
-    estimated_routes: dict[str, float] = field(default_factory=dict)
     ways: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

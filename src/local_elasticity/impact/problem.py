@@ -7,6 +7,7 @@ the same state, and the loss is the user's real one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from local_elasticity.base.tensors import check_fits, refusal_of_inputs, refusal_of_loss
 from local_elasticity.errors import InputError
 from local_elasticity.impact.checks import check_labels, check_output
 from local_elasticity.impact.losses import (
@@ -80,6 +82,7 @@ class Problem:
         self.parameters = list(parameters.values())
         self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
         self.first_source = 0
+        self._started, self.seconds_per_target = time.perf_counter(), 0.0
         self.independent = False
         self.notes: list[str] = []
         self.self_index = match_rows(inputs, targets)
@@ -102,6 +105,11 @@ class Problem:
     def n_outputs(self) -> int:
         """K."""
         return self.before.shape[1]
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Since the problem was made; for estimates alone, no number depends on it."""
+        return time.perf_counter() - self._started
 
     @property
     def restless(self) -> str | None:
@@ -130,7 +138,7 @@ class Problem:
     def _call(self, x: Tensor) -> Any:
         if self._is_examined:
             return self.subject.call(x)
-        return _asked("the model", self.subject.call, x)
+        return asked(self.subject, x)
 
     def output_at(self, values: Sequence[Tensor], x: Tensor) -> Tensor:
         """The outputs with other tensors in the place of the weights, for transforms of ``torch.func``."""
@@ -216,8 +224,9 @@ class Problem:
         if self.restless:
             difference = torch.zeros_like(self.before[:, 0])
         else:
-            half = self.n_targets // 2 + 1
+            half, started = self.n_targets // 2 + 1, time.perf_counter()
             other = torch.cat([self.forward(part) for part in self.targets.flip(0).split(half)]).flip(0)
+            self.seconds_per_target = (time.perf_counter() - started) / self.n_targets
             difference = (other - self.before).abs().amax(dim=1)
         ulp = 4 * torch.finfo(self.output_dtype).eps * self.before.abs().amax(dim=1)
         return torch.maximum(difference, ulp)
@@ -245,7 +254,7 @@ class Problem:
                 raise no_gradient()
             if examine:
                 _refuse_hidden_graph(loss)
-            gradients = torch.autograd.grad(self._scaled(loss), self.parameters, allow_unused=True)
+            gradients = self._gradients(loss, source)
         if examine:
             self.idle = {index for index, gradient in enumerate(gradients) if gradient is None}
         if "weights" in self.subject.moved or self.subject.weights_written():
@@ -253,18 +262,33 @@ class Problem:
             self.step.weights[:] = [p.detach() for p in self.parameters]
         return loss.detach(), [None if g is None else g.detach() for g in gradients]
 
+    def _gradients(self, loss: Tensor, source: int) -> Sequence[Tensor | None]:
+        scaled = self._scaled(loss)
+        if self._is_examined:
+            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        try:
+            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        except _USER_ERRORS as error:
+            raise InputError(
+                expected="a loss that can be differentiated by the weights",
+                got=f"{type(error).__name__} in its backward pass at source {source}",
+                do="make loss_fn(model(x[:1]), y[:1]).backward() work",
+            ) from error
+
     def loss(self, source: int) -> tuple[Tensor, Tensor]:
         """The model's own output at one source, and the user's loss there, both with their graph."""
         some = slice(source, source + 1)
         output = self._call(self.inputs[some])
         check_output(output, 1)
         y = private(self.labels[some])
-        loss = (
-            self.loss_fn(output, y)
-            if self._is_examined
-            else _asked("loss_fn(outputs, labels)", self.loss_fn, output, y)
-        )
-        return output, one_number(loss)
+        if self._is_examined:
+            return output, one_number(self.loss_fn(output, y))
+        try:
+            return output, one_number(self.loss_fn(output, y))
+        except _USER_ERRORS as error:
+            if isinstance(error, InputError):
+                raise
+            raise refusal_of_loss(output, y, "loss_fn", error) from error
 
     def check_loss(self, loss: Tensor, source: int) -> None:
         """Refuse a loss that is not finite."""
@@ -320,30 +344,19 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
 
 def asked(subject: Subject, x: Tensor) -> Any:
     """A first forward pass: what the model raises is told in our words."""
-    with torch.no_grad():
-        return _asked("the model", subject.call, x)
-
-
-def _asked(who: str, work: Callable[..., Any], *args: Tensor) -> Any:
-    """The first call of something that the user brought: what it raises is told in our words."""
+    check_fits(subject.model, "the inputs", x)
     try:
-        return work(*args)
-    except InputError:
-        raise
+        return subject.call(x)
     except _USER_ERRORS as error:
-        text = str(error).strip().splitlines()
-        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}" for x in args)
+        if isinstance(error, InputError):
+            raise
         if "more than 1 value per channel" in str(error):
             raise InputError(
                 expected="more than one value per channel for BatchNorm in train mode",
                 got="a single sample",
                 do="measure with mode='eval'",
             ) from error
-        raise InputError(
-            expected=f"{who} to take {shapes}",
-            got=f"{type(error).__name__}: {text[0] if text else 'without a word'}",
-            do="call it yourself with one such batch; dtype, device and shape must be those that it was made for",
-        ) from error
+        raise refusal_of_inputs(subject.model, x, "inputs", error) from error
 
 
 def no_gradient() -> InputError:

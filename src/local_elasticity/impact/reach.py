@@ -6,6 +6,8 @@ back (`restore`). Objects of torch, NumPy and the standard library are not enter
 
 from __future__ import annotations
 
+import argparse
+import array
 import collections
 import dis
 import functools
@@ -30,6 +32,7 @@ _PLAIN = (
     int, float, complex, str, bytes, bool, type(None), range, slice, torch.dtype, torch.device, torch.Size,
     types.ModuleType, types.BuiltinFunctionType, types.CodeType, np.dtype,
 )  # fmt: skip
+_RECORDS = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
     path for name in ("purelib", "platlib", "stdlib") if (path := sysconfig.get_paths().get(name)) is not None
@@ -283,7 +286,7 @@ class _Array(Place):
         return self.holder.copy()
 
     def moved(self) -> bool:
-        if isinstance(self.holder, bytearray):
+        if isinstance(self.holder, bytearray | array.array):
             return self.holder != self.saved
         return self.holder.shape != self.saved.shape or self.holder.tobytes() != self.saved.tobytes()
 
@@ -298,6 +301,9 @@ class _Array(Place):
 
 
 class _Bytes(_Array):
+    def read(self) -> Any:
+        return self.holder[:]
+
     def write(self, content: Any) -> None:
         self.holder[:] = content
 
@@ -498,7 +504,8 @@ class Reach:
             if not self._is_foreign:
                 self.iterators.append(f"a {kind.__name__}")
             return
-        if _root(kind.__module__) in _LIBRARIES or _file_of(kind).startswith(_OWN_FILES):
+        is_library = _root(kind.__module__) in _LIBRARIES and not isinstance(value, _RECORDS)
+        if is_library or _file_of(kind).startswith(_OWN_FILES):
             return
         self._is_foreign = self._is_foreign or _is_installed(_file_of(kind))
         self._enter_instance(value, kind)
@@ -514,11 +521,11 @@ class Reach:
         self._put([kind])
 
     def _place_for(self, value: Any) -> Place | None:
-        if isinstance(value, dict | list | set | collections.deque | bytearray):
+        if isinstance(value, dict | list | set | collections.deque | bytearray | array.array):
             if len(value) > MOST_ITEMS:
                 self.is_cut = True
                 return _Length(value)
-            if isinstance(value, bytearray):
+            if isinstance(value, bytearray | array.array):
                 return _Bytes(value)
             return (_Dict if isinstance(value, dict) else _Set if isinstance(value, set) else _List)(value)
         if isinstance(value, np.ndarray):

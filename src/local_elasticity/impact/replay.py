@@ -127,6 +127,10 @@ def why_no_vmap(problem: Problem) -> str | None:
     reason = problem.subject.why_not_by_slots(problem.parameters)
     if reason is not None:
         return reason
+    if any(p._backward_hooks for p in problem.parameters):
+        return "hooks on the gradients of weights"
+    if any(getattr(module, "scale_grad_by_freq", False) for module in problem.subject.reach.modules):
+        return "embeddings that scale their gradient by the frequency in a batch"
     # A parameter without gradient stays, but torch.func gives zeros for it: weight decay would then move it.
     if problem.idle:
         return "parameters without gradient"
@@ -239,6 +243,7 @@ def _vmap_chunk(problem: Problem, start: int, stop: int) -> tuple[Tensor, Tensor
     """Losses and outputs after the step for several sources at once, by ``torch.func``."""
     weights = [p.detach() for p in problem.parameters]
     step = problem.step
+    problem.subject.rewind()
 
     def one(x: Tensor, y: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
         gradients, loss = torch.func.grad_and_value(problem.loss_at)(weights, x.unsqueeze(0), y.unsqueeze(0))

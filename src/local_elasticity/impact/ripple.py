@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_choice, check_flag
+from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.problem import LossFunction, Problem
@@ -81,8 +84,12 @@ def ripple(
     Raises:
         InputError: for anything that cannot be measured.
     """
+    check_choice("outputs", outputs, ("logits", "probabilities", "values"))
+    check_choice("mode", mode, get_args(Mode))
+    check_flag("progress", progress)
+    checks.check_loss_function(loss_fn)
     with torch.inference_mode(False):
-        model = inner_module(model)
+        model = inner_module(check_module("model", model))
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
         looked_at = inputs if targets is None else checks.check_targets(targets)

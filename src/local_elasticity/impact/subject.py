@@ -209,14 +209,17 @@ class Subject:
 
     def rewind(self) -> None:
         """Put back what has moved since the last time."""
-        for place in self.reach.places:
-            if place.moved():
-                self.moved.add(place.kind)
-                place.restore()
+        self._rewind_places()
         for t in self._shadows.rewind(self._stepped):
             self.moved.add("weights" if id(t) in self._trainable else "tensor")
         if self.draws:
             set_random_state(self.streams, self.draws)
+
+    def _rewind_places(self) -> None:
+        for place in self.reach.places:
+            if place.moved():
+                self.moved.add(place.kind)
+                place.restore()
 
     def call(self, x: Tensor) -> Any:
         """The model's output at ``x``, from the state at the beginning; what the model writes to is a copy."""
@@ -252,8 +255,11 @@ class Subject:
 
     @contextmanager
     def standing_in(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-        """Let other tensors be held wherever the weights are, by model and loss alike; for transforms of torch.func."""
-        self.rewind()
+        """Let other tensors be held wherever the weights are, by model and loss alike; for transforms of torch.func.
+
+        Rewind before the transform: tensors cannot be given other data within one.
+        """
+        self._rewind_places()
         others = {id(p): value for p, value in zip(parameters, values, strict=True)}
         changed: list[Place] = []
         try:
@@ -383,8 +389,7 @@ def call_at(model: nn.Module, parameters: Sequence[nn.Parameter], values: Sequen
     """The model's output with other tensors in the place of its parameters, for transforms of ``torch.func``."""
     subject = subject_of(model)
     if subject is None:
-        with Subject(model, "as_is") as subject, subject.standing_in(parameters, values):
-            return model(x.clone())
+        raise RuntimeError("call_at is for models within a look")
     with subject.standing_in(parameters, values):
         return model(x.clone())
 
@@ -396,9 +401,14 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
     if x.dtype == kind:
         return x
     other = x.detach().to(kind)
-    return (
-        nn.Parameter(other, x.requires_grad) if isinstance(x, nn.Parameter) else other.requires_grad_(x.requires_grad)
-    )
+    if isinstance(x, nn.Parameter):
+        other = nn.Parameter(other, x.requires_grad)
+    else:
+        other.requires_grad_(x.requires_grad and x.is_leaf)
+    if x._backward_hooks:
+        for hook in x._backward_hooks.values():
+            other.register_hook(hook)
+    return other
 
 
 def _put_back_requirements(flags: list[tuple[Tensor, bool]]) -> None:

@@ -7,6 +7,7 @@ stopped. Tiles go through ``joblib.Parallel``, so ``joblib.parallel_config(backe
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_choice, check_flag, check_path, check_whole
+from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.contracted import loss_factors
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import xarray
     import zarr
 
+_OWN_SETTINGS = ("model", "loss_fn", "sources", "targets", "update", "engine", "progress")
 DIMS = {
     "change": ("source", "target", "output"),
     "gram": ("source", "target"),
@@ -79,9 +83,18 @@ def measure_tiles(
     Raises:
         InputError: for bad input, or a store of another measurement.
     """
-    if engine not in ("linear", "replay"):
-        raise InputError(expected="engine 'linear' or 'replay' for tiles", got=repr(engine), do="choose one")
-    model = inner_module(model)
+    check_choice("engine", engine, ("linear", "replay"))
+    check_whole("tile", tile)
+    check_flag("overwrite", overwrite)
+    check_flag("progress", progress)
+    out = check_path("out", out)
+    known = inspect.signature(measure).parameters
+    for name in settings:
+        check_choice("a setting of measure", name, [key for key in known if key not in _OWN_SETTINGS])
+    checks.check_loss_function(loss_fn)
+    checks.check_update(update)
+    model = inner_module(check_module("model", model))
+    checks.check_model(model)
     inputs, labels = checks.check_sources(sources)
     looked_at = inputs if targets is None else checks.check_targets(targets)
     settings = {"check_pairs": 0, **settings, "engine": engine, "update": update}
@@ -142,9 +155,14 @@ def gradient_gram(
     Raises:
         InputError: for bad input, or a store of another measurement.
     """
-    model = inner_module(model)
+    check_whole("tile", tile)
+    check_flag("overwrite", overwrite)
+    check_flag("progress", progress)
+    out = check_path("out", out)
+    checks.check_loss_function(loss_fn)
+    model = inner_module(check_module("model", model))
     checks.check_model(model)
-    x, y = checks.check_sources(samples)
+    x, y = checks.check_sources(samples, "samples")
     n = len(x)
     u = _cotangents(model, loss_fn, x, y, tile)
     shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}

@@ -34,6 +34,7 @@ from local_elasticity.updates import Update
 
 Keep = Literal["outputs", "pairs", "tables"]
 Scalar = float | Callable[[], float]
+PILOT_SOURCES = 4
 KEEP_LIMIT = 500 * 10**6  # bytes of outputs kept by default
 PER_PAIR = ("update", "definition", "source_class", "target_class")
 
@@ -237,28 +238,36 @@ class Tracker:
         )
 
     def _estimate(self) -> float:
-        """Seconds that a snapshot is expected to take: the last one's, or a pilot of one source."""
+        """Seconds that a snapshot is expected to take: the last one's, or from pilots of one and of a few sources."""
         if math.isnan(self._cost):
-            started = time.perf_counter()
-            for update in (update for name, update in self.updates.items() if name not in self.limits):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    measure(
-                        self.model,
-                        self.loss_fn,
-                        (self.inputs[:1], self.labels[:1]),
-                        self.inputs,
-                        update=update,
-                        engine="replay",
-                        outputs=self.outputs,
-                        mode=self.mode,
-                        route="step",
-                        check_pairs=0,
-                    )
-            pilot = time.perf_counter() - started
-            self._measuring += pilot
-            self._cost = pilot * len(self.inputs)
+            few = min(PILOT_SOURCES, len(self.inputs))
+            self._pilot(1)  # the first call of all warms up
+            one, some = self._pilot(1), self._pilot(few)
+            slope = max(some - one, 0.0) / max(few - 1, 1)
+            self._cost = one + slope * (len(self.inputs) - 1)
         return 1.1 * self._cost
+
+    def _pilot(self, n: int) -> float:
+        """Seconds that looks at the first sources take, every update."""
+        started = time.perf_counter()
+        for update in (update for name, update in self.updates.items() if name not in self.limits):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                measure(
+                    self.model,
+                    self.loss_fn,
+                    (self.inputs[:n], self.labels[:n]),
+                    self.inputs,
+                    update=update,
+                    engine="replay",
+                    outputs=self.outputs,
+                    mode=self.mode,
+                    route="step",
+                    check_pairs=0,
+                )
+        seconds = time.perf_counter() - started
+        self._measuring += seconds
+        return seconds
 
     def _report_unfit(self) -> None:
         if isinstance(self.schedule, Budget) and not self._store.steps and self.updates_made:
@@ -400,8 +409,8 @@ class Tracker:
         return static
 
     def _describe(self, configuration: dict[str, Any]) -> dict[str, Any]:
-        digest = hashlib.sha256(self.inputs.cpu().contiguous().numpy().tobytes())
-        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(_bytes(self.inputs))
+        digest.update(_bytes(self.labels))
         words = {name: get_definition(name).words for name in self.definitions if not is_built_in(name)}
         return {
             "configuration": json.dumps(configuration, default=str),
@@ -550,6 +559,11 @@ def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tu
             do="relabel the probes, or pass all class_names",
         )
     return tuple(str(name) for name in names)
+
+
+def _bytes(x: Tensor) -> bytes:
+    """The bits of a tensor of any dtype."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _array(x: Tensor) -> np.ndarray:
