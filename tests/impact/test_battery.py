@@ -68,12 +68,15 @@ ROUTES = [
     Route(DOUBLE, sgd, lambda model: le.SGD(lr=0.05), FINITE | {"dtype": torch.float64}, 1e-6, torch.float32),
 ]
 NOT_COMPARED = {("sparse embedding", "default adam")}  # torch.optim.Adam takes no sparse gradients, le.Adam does
-PAIRS = [
-    pytest.param(case, route, id=f"{case.name} - {route.name}")
+CONVOLUTIONS_TAKE = ("default", "replay", VMAP, DOUBLE)  # the second model of a loss; the first takes all routes
+COMBINATIONS = [
+    (case, route)
     for case in CASES
     for route in ROUTES
     if (case.name, route.name) not in NOT_COMPARED
+    and (not case.name.endswith(", conv") or route.name in CONVOLUTIONS_TAKE)
 ]
+PAIRS = [pytest.param(case, route, id=f"{case.name} - {route.name}") for case, route in COMBINATIONS]
 
 
 def seed_streams() -> None:
@@ -162,3 +165,13 @@ def test_right_or_refused(case: Case, route: Route) -> None:
         return
     want = real_change(case, route.optimizer, route.dtype)
     assert worst_error(impact.change[list(SOURCES)], want) <= route.tolerance, impact.plan.notes
+
+
+def test_the_table_excuses_little() -> None:
+    """Most combinations must be right; what is excused says why, and no usual way of measuring is."""
+    binding = [(case, route) for case, route in COMBINATIONS if not (case.must_refuse or route.name in case.may_refuse)]
+    assert len(binding) >= 0.6 * len(COMBINATIONS)
+    assert len({case.name for case, _ in binding}) >= 120
+    excused = [case for case in CASES if case.must_refuse or case.may_refuse]
+    assert all(case.why for case in excused)
+    assert not any({"default", "default adam", "replay"} & case.may_refuse for case in CASES)
