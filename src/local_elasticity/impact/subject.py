@@ -77,6 +77,7 @@ class Subject:
         self.moved: set[str] = set()
         self.draws: set[str] = set()
         self._stepped: frozenset[int] = frozenset()
+        self._exchanged: list[Place] = []
         self._stack = ExitStack()
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Subject:
         """Exchange every floating tensor for one of another dtype, wherever it is held."""
         others: dict[int, Tensor] = {id(t): _converted(t, dtype, self.only_narrow) for t in self.reach.tensors}
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
-        self._exchange(lambda t: others.get(id(t), t))
+        self._exchanged = self._exchange(lambda t: others.get(id(t), t))
         self._converted = list({id(t): t for t in others.values()}.values())
         for module in self.reach.modules:
             if isinstance(module, torch.jit.ScriptModule) and any(id(p) in others for p in module.parameters()):
@@ -183,6 +184,8 @@ class Subject:
             place.saved = place.original
             if place.moved():
                 place.restore()
+        for place in self._exchanged:
+            place.restore()
 
     def _put_back_streams(self) -> None:
         if self.restore_streams:
