@@ -280,6 +280,8 @@ class Subject:
         try:
             self._stepped = frozenset(map(id, parameters))
             shared = self._shadows.aliases(self._stepped)
+            if shared:  # the step holds the weights themselves, whose memory is not to be written
+                self._shadows.renew(parameters)
             for parameter, value in zip(parameters, values, strict=True):
                 if id(parameter) in shared:
                     parameter.data.copy_(value)
