@@ -13,8 +13,7 @@ from local_elasticity.cli import main
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals of POSIX")
 
-TRACK = ["track", "--classes", "0", "1", "--epochs", "200", "--probes-per-class", "3", "--every", "50"]
-TRAIN = ["train", "--data", "digits", "--network", "mlp", "--replicas", "2", "--steps", "1000000"]
+TRACK = ["track", "--classes", "0", "1", "--epochs", "200", "--probes-per-class", "3", "--every", "9"]
 DRIVER = """
 import os, signal, sys, threading, time
 from local_elasticity import cli
@@ -27,9 +26,9 @@ def wait(how: str = "plain"):
         import slow_to_import
     with Progress(console=cli.console, disable=how != "bar") as bar:
         bar.add_task("waiting", total=9)
-        print("ready", flush=True)
-        for _ in range(2):
+        for word in ("ready", "again"):
             try:
+                print(word, flush=True)
                 time.sleep(60)
             except KeyboardInterrupt:
                 if how == "mistaken":
@@ -38,7 +37,6 @@ def wait(how: str = "plain"):
                     return 0
                 if how != "stubborn":
                     raise
-                print("again", flush=True)
 
 cli.main()
 """
@@ -83,21 +81,36 @@ def test_a_signal_ends_a_command_with_one_line(tmp_path, number, how):
 @pytest.mark.parametrize(
     ("words", "end"),
     [
-        ([*TRACK, "--out", "run"], "the same command continues from the last snapshot"),
+        (["track"], "interrupted; the same command continues from the last snapshot"),
         (
-            [*TRACK, "--out", "run", "--overwrite"],
-            "the same command without --overwrite continues from the last snapshot",
+            ["track", "--overwrite"],
+            "interrupted; the same command without --overwrite continues from the last snapshot",
         ),
-        ([*TRAIN, "--out", "run"], "the same command continues from the last checkpoint"),
+        (["train", "--out", "x"], "interrupted; the same command continues from the last checkpoint"),
+        (["reproduce", "all"], "interrupted; the same command continues with what is not yet done"),
+        (["measure"], "interrupted; nothing was written"),
+        (["simulate", "--overwrite"], "interrupted; the same command starts over"),
+        ([], "interrupted; the same command starts over"),
     ],
 )
-def test_a_command_that_continues_says_so_and_does(tmp_path, words, end):
-    process = started(["-m", "local_elasticity.cli", *words], tmp_path)
-    process.stdout.readline()
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
+def test_the_line_says_what_is_true_of_the_command(monkeypatch, capsys, words, end):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("local_elasticity.cli.app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert (caught.value.code, capsys.readouterr().err) == (130, f"local-elasticity: {end}\n")
+
+
+def test_a_run_is_interrupted_without_a_traceback(tmp_path):
+    process = started(["-m", "local_elasticity.cli", *TRACK, "--out", "run"], tmp_path)
+    while "update 10" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
     _, said = ended(process)
-    assert (process.returncode, said.splitlines()[-1]) == (130, f"local-elasticity: interrupted; {end}")
+    line = "local-elasticity: interrupted; the same command continues from the last snapshot"
+    assert (process.returncode, said.splitlines()[-1:]) == (143, [line])
     assert "Traceback" not in said
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,17 +36,17 @@ def ending(line: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if end.number:
-            end.now(end.number)
+            end.in_order()
         end.by_exception()
     except BrokenPipeError:
         end_quietly()
     except BaseException:
         if end.number:  # what an interrupt was turned into on its way
-            end.now(end.number)
+            end.in_order()
         raise
     else:
         if end.number:  # somebody swallowed it
-            end.now(end.number)
+            end.in_order()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -77,11 +78,19 @@ class _End:
         print(self.line, file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT)
 
+    def in_order(self) -> NoReturn:
+        """End after the command has let go: workers first, which may be in a task, then what runs at exit."""
+        _kill(process for process in _descendants(os.getpid()) if not _tracks_resources(process))
+        self._tell()
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing after the line
+        with contextlib.suppress(BaseException):
+            atexit._run_exitfuncs()
+        self.now(self.number)
+
     def now(self, number: int) -> NoReturn:
         """End this process and those that it started."""
-        for process in _descendants(os.getpid()):
-            with contextlib.suppress(OSError):
-                os.kill(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+        _kill(_descendants(os.getpid()))
         with contextlib.suppress(Exception):  # a handler may stand inside a write
             sys.stdout.flush()
         self._tell()
@@ -105,17 +114,23 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
+def _kill(processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(OSError):
+            os.kill(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
 def _descendants(process: int) -> list[int]:
-    """Processes below this one, where the system tells; not the trackers that clean up after workers."""
+    """Processes below this one, where the system tells."""
     children = []
     for path in Path(f"/proc/{process}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             children += [int(child) for child in path.read_text().split()]
-    below = [deeper for child in children for deeper in _descendants(child)]
-    return below + [child for child in children if not _tracks_resources(child)]
+    return [deeper for child in children for deeper in _descendants(child)] + children
 
 
 def _tracks_resources(process: int) -> bool:
+    """Whether a process cleans up after workers; it ends by itself."""
     with contextlib.suppress(OSError):
         return b"resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
     return False
