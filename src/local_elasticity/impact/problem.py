@@ -191,10 +191,27 @@ class Problem:
         first, gradient = self.subject.find_draws(work)
         self.subject.rewind()
         self._is_examined = True
+        if gradient is not None:
+            self._check_state(self._plain_loss() if self.subject.restless else gradient[0])
         if self.subject.restless:
             return self.forward(self.rows(0))
         self._first_gradient = gradient
         return first
+
+    def _plain_loss(self) -> Tensor:
+        with torch.enable_grad():
+            return self.loss(self.first_source)[1].detach()
+
+    def _check_state(self, loss: Tensor) -> None:
+        """Refuse a state that was not reached, and so not put back: the loss is another the next time."""
+        again = self._plain_loss()
+        if bool(torch.isfinite(loss)) and not close(again, loss):
+            raise InputError(
+                expected="a model and a loss whose every call starts from the same state",
+                got=f"loss {float(again):.6g} at source {self.first_source} after {float(loss):.6g}: "
+                "something that the look cannot put back was moved, such as a variable of another module",
+                do="keep it in an attribute, a list or a dict that the model or the loss holds",
+            )
 
     def _read_labels(self, n_outputs: int, outputs: str) -> None:
         """What the loss says of the labels: which it ignores, which are out of range, what its outputs stand for."""
@@ -307,6 +324,12 @@ class Problem:
                 self._gradient(source)
 
         self.subject.check_late_draws(work)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two losses are the same but for rounding."""
+    eps = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(one.device.type) else one.dtype).eps
+    return bool((one - other).abs() <= (1e3 * eps if eps < 1e-3 else 4 * eps) * (one.abs() + 1))
 
 
 def widened(x: Tensor) -> Tensor:
