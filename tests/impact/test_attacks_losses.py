@@ -26,8 +26,8 @@ def network() -> nn.Sequential:
 
 
 def samples() -> tuple[Tensor, Tensor]:
-    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return x, torch.arange(6) % 3
+    x = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(16) % 3
 
 
 def real_changes(make_loss: MakeLoss, x: Tensor, y: Tensor) -> Tensor:
@@ -162,3 +162,50 @@ def test_a_count_that_cannot_be_put_back_is_refused() -> None:
 
     with pytest.raises(le.InputError, match="starts from the same state"):
         measured(lambda model: counted)
+
+
+# -- losses that go backward by themselves, or cannot be transformed --------------------------------------------------
+
+
+def backward_within(model: nn.Sequential) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        value = F.cross_entropy(o, t)
+        value.backward(retain_graph=True)
+        return 2 * value
+
+    return loss
+
+
+def hook_at_each_call(model: nn.Sequential) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        model[0].weight.register_hook(lambda gradient: 2 * gradient)
+        return F.cross_entropy(o, t)
+
+    return loss
+
+
+@pytest.mark.parametrize("make_loss", [backward_within, hook_at_each_call])
+@pytest.mark.parametrize("engine", ["auto", "replay", "linear"])
+def test_what_a_loss_leaves_at_the_weights_is_refused_and_taken_away(make_loss: MakeLoss, engine: Any) -> None:
+    model = network()
+    with pytest.raises(le.InputError, match=r"leaves? (.grad|the hooks) of the weights"):
+        le.measure(model, make_loss(model), samples(), update=le.SGD(lr=RATE), engine=engine)
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
+
+
+def test_a_compiled_loss() -> None:
+    check_right(lambda model: torch.compile(lambda o, t: 2 * F.cross_entropy(o, t), backend="eager"))
+
+
+def test_a_loss_that_raises_under_a_transform() -> None:
+    def asserting(o: Tensor, t: Tensor) -> Tensor:
+        assert not torch._C._functorch.is_gradtrackingtensor(o)
+        return F.cross_entropy(o, t)
+
+    check_right(lambda model: asserting)
+
+
+def test_a_loss_that_fails_at_a_later_source_is_told() -> None:
+    by_label = {0: F.cross_entropy, 1: lambda o, t: o.square().sum()}
+    with pytest.raises(le.InputError, match="KeyError"):
+        measured(lambda model: lambda o, t: by_label[int(t)](o, t))

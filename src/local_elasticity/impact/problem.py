@@ -80,6 +80,7 @@ class Problem:
         self.subject, self.model, self.loss_fn, self.step = subject, subject.model, loss_fn, step
         self.inputs, self.labels, self.targets = inputs, labels, targets
         self.parameters = list(parameters.values())
+        self._hooks = [len(p._backward_hooks or ()) for p in self.parameters]
         self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
         self.first_source = 0
         self._started, self.seconds_per_target = time.perf_counter(), 0.0
@@ -272,6 +273,7 @@ class Problem:
             if examine:
                 _refuse_hidden_graph(loss)
             gradients = self._gradients(loss, source)
+        self._refuse_leftovers()
         if examine:
             self.idle = {index for index, gradient in enumerate(gradients) if gradient is None}
         if "weights" in self.subject.moved or self.subject.weights_written():
@@ -279,10 +281,23 @@ class Problem:
             self.step.weights[:] = [p.detach() for p in self.parameters]
         return loss.detach(), [None if g is None else g.detach() for g in gradients]
 
+    def _refuse_leftovers(self) -> None:
+        """What the loss leaves at the weights would be part of the user's step, and of the next loss."""
+        if any(p.grad is not None for p in self.parameters):
+            raise InputError(
+                expected="a loss that leaves .grad of the weights as it was",
+                got="a backward() within the forward pass or the loss, whose gradients stay there",
+                do="use torch.autograd.grad, or return the sum of what is differentiated and call backward() on that",
+            )
+        if [len(p._backward_hooks or ()) for p in self.parameters] != self._hooks:
+            raise InputError(
+                expected="a model and a loss that leave the hooks of the weights as they are",
+                got="a forward pass or a loss that registers a hook at each call, or removes one",
+                do="register it once, before the look",
+            )
+
     def _gradients(self, loss: Tensor, source: int) -> Sequence[Tensor | None]:
         scaled = self._scaled(loss)
-        if self._is_examined:
-            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         try:
             return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         except _USER_ERRORS as error:
@@ -298,8 +313,6 @@ class Problem:
         output = self._call(self.inputs[some])
         check_output(output, 1)
         y = private(self.labels[some])
-        if self._is_examined:
-            return output, one_number(self.loss_fn(output, y))
         try:
             return output, one_number(self.loss_fn(output, y))
         except _USER_ERRORS as error:

@@ -21,7 +21,9 @@ VMAP_LEAST_SOURCES = 8
 VMAP_MOST_PRODUCTS = 2**20  # weights x targets: above, one batched product costs more than one after the other
 SAME_CHANGE = 1e-3  # of a change: how far two routes to it may be apart, beside rounding
 SAME_CHANGE_OF_CASTS = 0.05  # the same within autocast, whose factors have 8 bits
-_NO_BATCHING = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError)
+_NO_BATCHING = (
+    RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass
