@@ -128,6 +128,7 @@ class Subject:
         for t, _ in grads:
             t.grad = None
         stack.callback(_put_back_grads, leaves, grads)
+        stack.callback(_put_back_hooks, [(t, dict(t._backward_hooks or {})) for t in leaves if t.requires_grad])
         stack.callback(self._put_back_places)
 
     def _stand_in(self) -> None:
@@ -433,3 +434,11 @@ def _put_back_grads(leaves: list[Tensor], grads: list[tuple[Tensor, Tensor]]) ->
             t.grad = None
     for t, grad in grads:
         t.grad = grad
+
+
+def _put_back_hooks(hooks: list[tuple[Tensor, dict[int, Any]]]) -> None:
+    for t, first in hooks:
+        now = t._backward_hooks
+        if now is not None and list(now) != list(first):
+            now.clear()
+            now.update(first)
