@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from local_elasticity.base.checks import (
+    as_numbers,
+    check_class_names,
+    check_flag,
+    check_fraction,
+    check_labels,
+    check_seed,
+    check_whole,
+    plain_array,
+)
 from local_elasticity.errors import InputError
 
 if TYPE_CHECKING:
@@ -157,9 +167,15 @@ def by_class(
 
     Returns:
         The table. A cell whose source or target class has one probe has no interval.
+
+    Raises:
+        InputError: for labels that are no classes, shapes that do not fit, or settings that are none.
     """
-    s, ys, yt = _numbers(s), _labels(ys, "ys"), _labels(yt, "yt")
-    _check_sizes(s, ys, yt, n_boot, confidence)
+    check_flag("exclude_self", exclude_self)
+    n_boot, seed = check_whole("n_boot", n_boot, 0), check_seed("seed", seed)
+    confidence = check_fraction("confidence", confidence)
+    s, ys, yt = as_numbers("s", s), check_labels("ys", ys), check_labels("yt", yt)
+    _check_sizes(s, ys, yt)
     classes = _classes(ys, yt)
     names = _names(class_names, classes)
     kept = ~_self_pairs(s, ys, yt, source_ids, target_ids) if exclude_self else np.ones(s.shape, bool)
@@ -230,7 +246,7 @@ def _ratio_of_means(pairs: _Pairs, denominators: Any) -> Cells:
     k, n_s = len(pairs.rows), pairs.s.shape[0]
     if denominators is None:
         return np.full((k, k), np.nan)
-    den = _numbers(denominators)
+    den = as_numbers("denominators", denominators)
     if den.shape != (n_s,):
         raise InputError(
             expected=f"denominators of shape ({n_s},)", got=f"shape {den.shape}", do="give one for each source"
@@ -316,11 +332,11 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _self_pairs(s: np.ndarray, ys: np.ndarray, yt: np.ndarray, sources: Any, targets: Any) -> Bool[np.ndarray, "s t"]:
     """Which pairs are a sample with itself."""
     if sources is not None and targets is not None:
-        a, b = _array(sources), _array(targets)
-        if a.shape != ys.shape or b.shape != yt.shape:
+        a, b = plain_array(sources), plain_array(targets)
+        if a is None or b is None or a.shape != ys.shape or b.shape != yt.shape:
             raise InputError(
                 expected=f"source_ids ({ys.size},) and target_ids ({yt.size},)",
-                got=f"{a.shape} and {b.shape}",
+                got=" and ".join("no array" if ids is None else str(ids.shape) for ids in (a, b)),
                 do="give one sample index for each source and each target",
             )
         return a[:, None] == b[None, :]
@@ -333,43 +349,12 @@ def _self_pairs(s: np.ndarray, ys: np.ndarray, yt: np.ndarray, sources: Any, tar
     )
 
 
-def _array(x: Any) -> np.ndarray:
-    """An array of a tensor, on any device, or of anything array-like."""
-    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x)
-
-
-def _numbers(x: Any) -> np.ndarray:
-    x = x.detach().cpu().double() if hasattr(x, "detach") else x
-    return _array(x).astype(np.float64)
-
-
-def _labels(y: Any, name: str) -> Int[np.ndarray, " n"]:
-    y = _array(y)
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise InputError(
-            expected=f"{name}: a vector of integer labels",
-            got=f"shape {y.shape}, dtype {y.dtype}",
-            do="give class indices, not one-hot rows or floats",
-        )
-    if y.size and y.min() < 0:
-        raise InputError(
-            expected=f"{name}: labels of at least 0", got=str(y.min()), do="drop unlabelled samples before measuring"
-        )
-    return y.astype(np.int64)
-
-
-def _check_sizes(s: np.ndarray, ys: np.ndarray, yt: np.ndarray, n_boot: int, confidence: float) -> None:
+def _check_sizes(s: np.ndarray, ys: np.ndarray, yt: np.ndarray) -> None:
     if s.shape != (ys.size, yt.size) or s.size == 0:
         raise InputError(
             expected=f"s of shape (sources, targets) = ({ys.size}, {yt.size}), none of them 0",
             got=f"shape {s.shape}",
             do="give one label for each row in ys and for each column in yt",
-        )
-    if n_boot < 0 or not 0 < confidence < 1:
-        raise InputError(
-            expected="n_boot of at least 0 and 0 < confidence < 1",
-            got=f"n_boot={n_boot}, confidence={confidence}",
-            do="use the defaults n_boot=200, confidence=0.95",
         )
 
 
@@ -388,6 +373,7 @@ def _classes(ys: np.ndarray, yt: np.ndarray) -> Int[np.ndarray, " k"]:
 def _names(names: Sequence[str] | None, classes: np.ndarray) -> tuple[str, ...]:
     if names is None:
         return tuple(str(c) for c in classes)
+    names = check_class_names("class_names", names)
     if len(names) <= classes[-1]:
         raise InputError(
             expected=f"labels below {len(names)}, the number of class_names",

@@ -7,7 +7,7 @@ kind, although it was never told the kinds. Needs scikit-learn, the extra "clust
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,19 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError, missing_extra, nearest
-from local_elasticity.kernel_similarity import Output, Outputs, s_ker, s_rel_limit, symmetrised
+from local_elasticity.base.checks import (
+    check_array,
+    check_bytes,
+    check_choice,
+    check_flag,
+    check_real,
+    check_whole,
+    in_words,
+    plain_array,
+)
+from local_elasticity.base.tensors import check_module
+from local_elasticity.errors import InputError, missing_extra
+from local_elasticity.kernel_similarity import Output, Outputs, check_output_choice, s_ker, s_rel_limit, symmetrised
 from local_elasticity.networks import MLP
 
 try:
@@ -114,10 +125,10 @@ class LocalElasticityClustering(ClusterMixin, BaseEstimator):
             InputError: for a setting that is none, fewer samples than clusters, or a sample that no step can move.
         """
         array: Any = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
-        check: Any = validate_data
-        array = check(self, array, dtype=(np.float64, np.float32), allow_nd=True)
-        self._check(len(array))
-        random = check_random_state(self.random_state)
+        self._check()
+        array = self._validated(array)
+        self._check_counts(len(array))
+        random = as_random_state(self.random_state)
         self.network_ = self._network(array, random)
         first = next(self.network_.parameters())
         samples = torch.tensor(array).to(first.device, first.dtype)
@@ -129,20 +140,34 @@ class LocalElasticityClustering(ClusterMixin, BaseEstimator):
         self.labels_ = cluster(self.affinity_, self.n_clusters, method, n_init=self.n_init, random_state=random)
         return self
 
-    def _check(self, n_samples: int) -> None:
-        for name, kind in (("similarity", Similarity), ("clusterer", Clusterer)):
-            _check_choice(name, getattr(self, name), kind)
-        if self.network is not None and not isinstance(self.network, nn.Module):
+    def _validated(self, array: Any) -> Any:
+        """The samples as scikit-learn takes them; what it raises is its estimators' convention and goes on."""
+        if plain_array(array) is None and not hasattr(array, "shape"):
             raise InputError(
-                expected="network: a torch.nn.Module, or None", got=type(self.network).__name__, do="pass the network"
+                expected="X: samples (n, ...)", got=in_words(array), do="pass an array, a tensor or a data frame"
             )
+        check: Any = validate_data
+        return check(self, array, dtype=(np.float64, np.float32), allow_nd=True)
+
+    def _check(self) -> None:
+        for name, kind in (("similarity", Similarity), ("clusterer", Clusterer), ("outputs", Outputs)):
+            check_choice(name, getattr(self, name), kind)
+        if self.network is not None:
+            check_module("network", self.network)
+        check_output_choice(self.output)
+        check_flag("normalise", self.normalise)
+        check_whole("n_clusters", self.n_clusters)
+        check_whole("n_init", self.n_init)
+        check_bytes("max_memory", self.max_memory)
         if self.normalise and self.similarity != "kernelised":
             raise InputError(
                 expected="similarity='kernelised' with normalise=True",
                 got=f"similarity={self.similarity!r}",
                 do="leave normalise out: the relative similarity is a ratio already",
             )
-        if not 1 <= self.n_clusters <= n_samples:
+
+    def _check_counts(self, n_samples: int) -> None:
+        if self.n_clusters > n_samples:
             raise InputError(
                 expected=f"n_clusters in 1..n_samples, n_clusters={self.n_clusters}",
                 got=f"n_samples={n_samples}",
@@ -156,7 +181,7 @@ class LocalElasticityClustering(ClusterMixin, BaseEstimator):
         if others is None:
             flat = array.reshape(len(array), -1)
             others = np.stack([random.permutation(column) for column in flat.T], axis=1).reshape(array.shape)
-        others = np.asarray(others.detach().cpu() if isinstance(others, Tensor) else others, dtype=array.dtype)
+        others = check_array("auxiliary", others).astype(array.dtype)
         if others.shape[1:] != array.shape[1:]:
             raise InputError(
                 expected=f"auxiliary samples of shape {array.shape[1:]}",
@@ -193,9 +218,16 @@ def cluster(
 
     Returns:
         The cluster of each sample, 0 ... n_clusters - 1.
+
+    Raises:
+        InputError: for what is no square similarity, or a setting that is none.
     """
     import sklearn.cluster
 
+    check_choice("method", method, ("kmeans", "kernel_kmeans", "spectral"))
+    affinity = _square("affinity", affinity)
+    n_clusters, n_init = check_whole("n_clusters", n_clusters, most=len(affinity)), check_whole("n_init", n_init)
+    random_state = as_random_state(random_state)
     makers: Any = sklearn.cluster  # its stubs know "auto" alone for n_init
     if method == "kmeans":
         return makers.KMeans(n_clusters, n_init=n_init, random_state=random_state).fit(affinity).labels_
@@ -205,8 +237,6 @@ def cluster(
             n_clusters, affinity="precomputed", n_init=n_init, random_state=random_state, assign_labels="kmeans"
         )
         return spectral.fit(weights).labels_
-    if method != "kernel_kmeans":
-        _check_choice("method", method, Literal["kmeans", "kernel_kmeans", "spectral"])
     return kernel_kmeans(affinity, n_clusters, n_init=n_init, random_state=random_state).labels
 
 
@@ -245,9 +275,18 @@ def kernel_kmeans(
         max_iter: rounds at most.
         tol: stop when a smaller fraction of the samples changes its cluster.
         random_state: of the first labels.
+
+    Returns:
+        Labels, inertia and rounds of the best start.
+
+    Raises:
+        InputError: for what is no square kernel, or a setting that is none.
     """
-    random = check_random_state(random_state)
-    runs = [_one_start(kernel_values, n_clusters, max_iter, tol, random) for _ in range(max(1, n_init))]
+    kernel_values = _square("kernel_values", kernel_values)
+    n_clusters, n_init = check_whole("n_clusters", n_clusters, most=len(kernel_values)), check_whole("n_init", n_init)
+    max_iter, tol = check_whole("max_iter", max_iter), check_real("tol", tol, 0.0)
+    random = as_random_state(random_state)
+    runs = [_one_start(kernel_values, n_clusters, max_iter, tol, random) for _ in range(n_init)]
     return min(runs, key=lambda run: run.inertia)
 
 
@@ -338,7 +377,32 @@ def _check_affinity(affinity: Float[ndarray, "n n"]) -> None:
         )
 
 
-def _check_choice(name: str, value: object, kind: object) -> None:
-    known = [str(choice) for choice in get_args(kind)]
-    if value not in known:
-        raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))
+def as_random_state(value: Any) -> np.random.RandomState:
+    """What scikit-learn calls a random state: a seed, a ``RandomState``, or None.
+
+    Args:
+        value: what came.
+
+    Returns:
+        The random state.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        return check_random_state(value)
+    except ValueError as error:
+        raise InputError(
+            expected="random_state: a whole number from 0 to 2**32 - 1, a numpy RandomState, or None",
+            got=in_words(value),
+            do="write random_state=0",
+        ) from error
+
+
+def _square(name: str, value: Any) -> Float[ndarray, "n n"]:
+    array = check_array(name, value, (None, None))
+    if array.shape[0] != array.shape[1]:
+        raise InputError(
+            expected=f"{name}: a square matrix (n, n)", got=f"shape {array.shape}", do="pass the pairs of all samples"
+        )
+    return array

@@ -10,14 +10,15 @@ Where the output is the probability p = sigmoid(f), K is the kernel of p: p(1 - 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice, check_flag, in_words, is_whole
+from local_elasticity.errors import InputError
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.kernel import kernel, kernel_diagonal
 from local_elasticity.impact.ripple import Ripple, ripple
@@ -82,6 +83,20 @@ def symmetrised(similarity: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return 0.5 * (similarity + similarity.T)
 
 
+def check_output_choice(output: object) -> None:
+    """Refuse what is neither "trace" nor the number of an output.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if output != "trace" and not (is_whole(output) and output >= 0):
+        raise InputError(
+            expected="output: 'trace', or the number of an output, from 0",
+            got=in_words(output),
+            do="leave it out for the trace, or write output=0 for the first",
+        )
+
+
 # --- of a model ----------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +135,8 @@ def s_rel_limit(
 
     Source: arXiv:1910.06943, equation 3; the limit is derived here (spec srel 1.1, 2.0, 6).
     """
-    _check_choice("outputs", outputs, Outputs)
+    check_choice("outputs", outputs, Outputs)
+    check_output_choice(output)
     values = kernel(
         model,
         xs,
@@ -186,8 +202,12 @@ def s_ker(
 
     Source: arXiv:1910.06943, equation 4, and the published code (spec srel 1.2).
     """
-    _check_choice("outputs", outputs, Outputs)
-    _check_choice("form", form, Literal["limit", "published"])
+    check_choice("outputs", outputs, Outputs)
+    check_choice("form", form, ("limit", "published"))
+    check_choice("loss", loss, Loss, or_none=True)
+    check_flag("symmetrise", symmetrise)
+    check_flag("normalise", normalise)
+    check_output_choice(output)
     if symmetrise and xt is not None:
         raise InputError(expected="the same samples on both sides", got="symmetrise=True with xt", do="leave out xt")
     if form == "published":
@@ -260,7 +280,6 @@ def _published(
         raise InputError(
             expected="labels= and loss= for form='published'", got="none", do="pass them, or use form='limit'"
         )
-    _check_choice("loss", loss, Loss)
     if outputs == "logits" or dtype is not None:
         raise InputError(
             expected="the model as it is, emitting values or probabilities, for form='published'",
@@ -297,9 +316,3 @@ def _logits(model: nn.Module, x: Tensor, mode: Mode) -> Float[Tensor, " n"]:
             do="use outputs='values', the kernel of what the model emits",
         )
     return logits[:, 0]
-
-
-def _check_choice(name: str, value: object, kind: object) -> None:
-    known = [str(choice) for choice in get_args(kind)]
-    if value not in known:
-        raise InputError(expected=f"{name} in {known}", got=repr(value), do=nearest(str(value), known))

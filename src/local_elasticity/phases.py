@@ -6,6 +6,7 @@ with one to three knots is fitted to the log of the median curve; the last knot 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Literal
@@ -13,6 +14,15 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import (
+    as_numbers,
+    check_choice,
+    check_fraction,
+    check_real,
+    check_seed,
+    check_text,
+    check_whole,
+)
 from local_elasticity.errors import InputError
 
 FLAT = 0.1  # |d log S_rel / d log t| below which S_rel counts as settled (spec srel 3.3)
@@ -103,6 +113,9 @@ def find_phases(
     Raises:
         InputError: for fewer than 8 times, fewer than 5 units, times that do not increase, or no positive values.
     """
+    flat, confidence = check_real("flat", flat, 0.0, above=True), check_fraction("confidence", confidence)
+    n_boot, seed = check_whole("n_boot", n_boot, 2), check_seed("seed", seed)
+    check_text("over", over)
     t, s = _checked(times, values)
     rng = np.random.default_rng(seed)
     u, bins = _bins(np.log(t))
@@ -183,7 +196,7 @@ def _judge(
 
 
 def _checked(times: Any, values: Any) -> tuple[Curve, np.ndarray]:
-    t, s = (np.asarray(v, dtype=np.float64) for v in (times, values))
+    t, s = as_numbers("times", times), as_numbers("values", values)
     if t.ndim != 1 or s.ndim not in (2, 3) or len(s) != len(t):
         raise InputError(
             expected="times (T,) and values (T, units) or (T, sources, targets)",
@@ -347,13 +360,16 @@ def _apart(u: Curve, knots: np.ndarray) -> Any:
 
 def phases_of(run: Any, definition: str, update: str | None, over: str | None, time: str, options: Any) -> Phases:
     """``Run.phases``: the S_rel of a run, brought into the shape that ``find_phases`` wants."""
+    known = [name for name in inspect.signature(find_phases).parameters if name not in ("times", "values", "over")]
+    for name in options:
+        check_choice("an option of phases", name, known)
     s = run.s_rel(definition, update)
     if "update" in s.dims:
         raise InputError(
             expected=f"one update of {[str(name) for name in s['update'].values]}", got="none", do="name it: update="
         )
-    if time not in run.dataset:
-        raise InputError(expected="the name of the snapshots' time", got=repr(time), do="use time='step'")
+    stepwise = [str(name) for name, values in run.dataset.variables.items() if values.dims == ("step",)]
+    check_choice("time", time, stepwise)
     times = np.asarray(run.dataset[time].values, dtype=np.float64)
     replicas = run.dataset.sizes.get("replica", 0) if "replica" in s.dims else 0
     over = over or ("seeds" if replicas >= LEAST_UNITS else "pairs")

@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from local_elasticity.base.checks import check_flag
+from local_elasticity.base.tensors import check_callable
 from local_elasticity.errors import InputError, nearest
 
 On = Literal["outputs", "change", "probabilities", "log_probabilities", "bernoulli_log_probabilities"]
@@ -136,11 +138,11 @@ def define(
     if not isinstance(words, str):
         raise InputError(expected="words that say what is compared", got=_shown(words), do="pass a string")
     if denominator is not None:
-        _check_function("denominator", denominator)
+        _check_function("denominator", denominator, on)
     eps = _checked_eps(eps)
 
     def register(movement: Movement) -> Movement:
-        _check_function("movement", movement)
+        _check_function("movement", movement, on)
         DEFINITIONS[name] = Definition(name, on, movement, denominator or movement, eps, words or name)
         return movement
 
@@ -222,6 +224,7 @@ def s_rel_of(
     Raises:
         InputError: for an unknown definition, for outputs that it is not defined for, and for wrong shapes.
     """
+    check_flag("limit", limit)
     moved = outputs_of(before, after, source_before, source_after, outputs, independent)
     return s_rel(at_limit(moved), definition, 0.0 if eps is None else eps) if limit else s_rel(moved, definition, eps)
 
@@ -419,11 +422,14 @@ def _shown(x: object) -> str:
     return text if len(text) <= 80 else f"{type(x).__name__} {text[:60]}…"
 
 
-def _check_function(name: str, value: object) -> None:
-    if not callable(value):
-        raise InputError(
-            expected=f"a function as {name}", got=_shown(value), do="pass a function that reduces the last dimension"
-        )
+def _check_function(name: str, value: object, on: str) -> None:
+    arguments = 1 if on == "change" else 2
+    example = (
+        "lambda change: change.norm(dim=-1)"
+        if on == "change"
+        else "lambda before, after: (after - before).abs().sum(-1)"
+    )
+    check_callable(name, value, arguments, example)
 
 
 def _checked_eps(eps: float) -> float:

@@ -39,7 +39,8 @@ def in_words(value: object) -> str:
         text = _printable(repr(value))
     except Exception:  # an object whose repr fails is still to be refused in our words
         text = f"an object of type {type(value).__name__}"
-    if " at 0x" in text or len(text) > 4 * SHOWN:  # where an object lies says nothing to anyone
+    limit = SHOWN if isinstance(value, Collection) and not isinstance(value, str) else 4 * SHOWN
+    if " at 0x" in text or len(text) > limit:  # where an object lies says nothing to anyone
         text = _by_kind(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -309,7 +310,7 @@ def check_choice(name: str, value: Any, known: Any, *, or_none: bool = False) ->
     raise InputError(
         expected=f"{name}: one of {', '.join(map(repr, names))}" + (", or None" if or_none else ""),
         got=in_words(value),
-        do=nearest(str(value)[:SHOWN], names),
+        do=nearest(value[:SHOWN] if isinstance(value, str) else "", names),
     )
 
 
@@ -358,6 +359,34 @@ def check_names(name: str, value: Any, *, least: int = 1, distinct: bool = False
         raise InputError(expected=f"{name}: at least {least}", got=str(len(names)), do=f"name {least} or more")
     if distinct and len(set(names)) < len(names):
         raise InputError(expected=f"{name}: each once", got=in_words(list(names)), do="leave the doubles out")
+    return names
+
+
+def check_class_names(name: str, value: Any) -> tuple[str, ...]:
+    """Check the names of classes, in the order of their labels: different texts or whole numbers.
+
+    Args:
+        name: of the argument.
+        value: what came.
+
+    Returns:
+        The names as texts.
+
+    Raises:
+        InputError: for a single text, a set or dict (they have no order of labels), or a name that comes twice.
+    """
+    is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    entries = list(value) if is_list else []
+    if not entries or not all(isinstance(entry, str) or is_whole(entry) for entry in entries):
+        raise InputError(
+            expected=f"{name}: a list with a name for each label",
+            got=in_words(value),
+            do=f'write {name}=["first", "second", ...]',
+        )
+    names = tuple(str(entry) for entry in entries)
+    if len(set(names)) < len(names):
+        twice = next(entry for entry in names if names.count(entry) > 1)
+        raise InputError(expected=f"{name}: each once", got=f"{twice!r} more than once", do="give classes other names")
     return names
 
 

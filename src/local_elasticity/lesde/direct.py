@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from local_elasticity.base.checks import check_choice, check_fraction, check_labels, check_seed, check_whole, in_words
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.drift import simplex
 
@@ -119,9 +120,13 @@ def impact_matrix(
     Raises:
         InputError: for labels that do not fit, or a drift that the outputs do not have.
     """
-    from local_elasticity.classes import _classes, _labels
+    from local_elasticity.classes import _classes
 
-    sources, targets = _labels(ys, "ys"), _labels(yt, "yt")
+    _check_impact(impact)
+    n_boot, seed = check_whole("n_boot", n_boot, 0), check_seed("seed", seed)
+    confidence = check_fraction("confidence", confidence)
+    check_choice("drift", drift, ("isotropic", "logits"))
+    sources, targets = check_labels("ys", ys), check_labels("yt", yt)
     change = impact.change.detach().cpu().double().numpy()
     before = impact.source_before.detach().cpu().double().numpy()
     noise = float(impact.noise_floor.detach().cpu().double().median())
@@ -130,12 +135,6 @@ def impact_matrix(
             expected=f"{change.shape[0]} source labels and {change.shape[1]} target labels",
             got=f"{sources.size} and {targets.size}",
             do="pass the labels of what was measured, in its order",
-        )
-    if n_boot < 0 or not 0 < confidence < 1:
-        raise InputError(
-            expected="n_boot of at least 0 and 0 < confidence < 1",
-            got=f"n_boot={n_boot}, confidence={confidence}",
-            do="use the defaults n_boot=200, confidence=0.95",
         )
     classes = _classes(sources, targets)
     if len(classes) < 2:
@@ -181,12 +180,17 @@ def impact_matrix(
     )
 
 
+def _check_impact(impact: Any) -> None:
+    if not all(hasattr(impact, name) for name in ("change", "source_before", "noise_floor", "outputs", "update")):
+        raise InputError(
+            expected="impact: what le.measure returns", got=in_words(impact), do="write impact = le.measure(...)"
+        )
+
+
 def _regressors(before: np.ndarray, labels: np.ndarray, drift: str, outputs: str) -> Float[np.ndarray, "s j"]:
     """V = H f(x) of each source."""
     if drift == "isotropic":
         return before
-    if drift != "logits":
-        raise InputError(expected="drift='isotropic' or 'logits'", got=repr(drift), do="choose one of them")
     K = before.shape[1]
     if outputs != "logits" or K < 2 or labels.max() >= K:
         raise InputError(

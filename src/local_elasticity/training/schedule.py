@@ -5,10 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from local_elasticity.base.checks import (
+    check_choice,
+    check_fraction,
+    check_instance,
+    check_whole,
+    check_whole_list,
+    is_whole,
+)
 from local_elasticity.errors import InputError
 
 
@@ -39,6 +47,7 @@ class Schedule(ABC):
         """Whether to look now."""
 
     def __or__(self, other: Schedule) -> Schedule:
+        check_schedule("other", other)
         return _Union(self, other)
 
 
@@ -89,11 +98,7 @@ def every(n: int, per: Literal["epoch"] | None = None) -> Schedule:
     Raises:
         InputError: for n < 1 or another ``per``.
     """
-    if n < 1 or int(n) != n:
-        raise InputError(expected="n >= 1", got=f"every({n})", do="pass a whole number of updates")
-    if per not in (None, "epoch"):
-        raise InputError(expected="per=None or 'epoch'", got=repr(per), do="leave it out to count through epochs")
-    return _Every(int(n), per)
+    return _Every(check_whole("n", n), check_choice("per", per, ("epoch",), or_none=True))
 
 
 def log_spaced(n: int, total: int) -> Schedule:
@@ -102,7 +107,8 @@ def log_spaced(n: int, total: int) -> Schedule:
     Raises:
         InputError: for n < 1 or fewer updates than looks.
     """
-    if n < 1 or total < n:
+    n, total = check_whole("n", n), check_whole("total", total)
+    if total < n:
         raise InputError(
             expected="1 <= n <= total", got=f"n={n}, total={total}", do="pass the run's number of updates as total"
         )
@@ -119,12 +125,9 @@ def at(calls: Iterable[int]) -> Schedule:
     """Look at exactly these calls, counted from 0 (``run.looked_at`` of an earlier run replays it).
 
     Raises:
-        InputError: for a negative call.
+        InputError: for a negative call, no calls, or what are none.
     """
-    chosen = frozenset(int(call) for call in calls)
-    if any(call < 0 for call in chosen):
-        raise InputError(expected="calls >= 0", got=str(sorted(chosen)), do="count tracker.step() calls from 0")
-    return _At(chosen)
+    return _At(frozenset(check_whole_list("calls", calls, at_least=1)))
 
 
 def budget(fraction: float) -> Schedule:
@@ -133,6 +136,22 @@ def budget(fraction: float) -> Schedule:
     Raises:
         InputError: for a fraction outside (0, 1).
     """
-    if not 0 < fraction < 1:
-        raise InputError(expected="0 < fraction < 1", got=str(fraction), do="for example budget(0.05)")
-    return Budget(float(fraction))
+    return Budget(check_fraction("fraction", fraction))
+
+
+def check_schedule(name: str, value: Any, *, or_none: bool = False) -> Any:
+    """Check a schedule.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        or_none: whether None may be, too.
+
+    Returns:
+        The schedule, or None.
+
+    Raises:
+        InputError: for a number, a function, or anything else.
+    """
+    number = value if is_whole(value) and value > 0 else 9
+    return check_instance(name, value, Schedule, f"le.every({number})", or_none=or_none)

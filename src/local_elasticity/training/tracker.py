@@ -17,11 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import (
+    check_choice,
+    check_class_names,
+    check_flag,
+    check_mapping,
+    check_names,
+    check_path,
+    check_real,
+    check_seed,
+    check_whole,
+    in_words,
+    is_whole,
+)
+from local_elasticity.base.tensors import check_callable, check_module
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact import Impact, measure
-from local_elasticity.impact.checks import check_sources
+from local_elasticity.impact.checks import check_labels, check_sources, check_update
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
@@ -29,7 +43,7 @@ from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
 from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
 from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
-from local_elasticity.training.schedule import Budget, Moment, Schedule, every
+from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
 from local_elasticity.updates import Update
 
 Keep = Literal["outputs", "pairs", "tables"]
@@ -115,35 +129,40 @@ class Tracker:
         before_commit: Callable[[int], None] | None = None,
         limits: Sequence[str] = (),
     ) -> None:
-        self.model, self.loss_fn = inner_module(model), loss_fn
+        self.model, self.loss_fn = inner_module(check_module("model", model)), loss_fn
         self.looks = first_rank(model)
-        self.mode: Mode = mode
+        self.mode: Mode = check_choice("mode", mode, Mode)
         check_alone(self.model, mode)
-        self.outputs: Outputs = outputs
-        self.inputs, self.labels = check_sources(_pair(probes))
+        self.outputs: Outputs = check_choice("outputs", outputs, Outputs)
+        self.inputs, self.labels = check_sources(_pair(probes), "probes")
         self.updates = _named(update)
-        self.definitions = [definitions] if isinstance(definitions, str) else list(definitions)
-        for name in self.definitions:
-            get_definition(name)
-        self.schedule = schedule or every(9)
-        if keep not in (None, "outputs", "pairs", "tables"):
-            raise InputError(expected="keep='outputs', 'pairs' or 'tables'", got=repr(keep), do="choose one of them")
-        self.keep, self.exclude_self, self.seed, self.check_pairs = keep, exclude_self, seed, check_pairs
+        self.definitions = _checked_definitions(definitions)
+        self.schedule = check_schedule("schedule", schedule, or_none=True) or every(9)
+        self.keep: Keep | None = check_choice("keep", keep, Keep, or_none=True)
+        self.exclude_self, self.seed = check_flag("exclude_self", exclude_self), check_seed("seed", seed)
+        self.check_pairs = check_whole("check_pairs", check_pairs, 0)
         self.before_commit = before_commit
+        if before_commit is not None:
+            check_callable("before_commit", before_commit, 1, "lambda step: torch.save(model.state_dict(), 'last.pt')")
         self.class_names = _class_names(probes, self.labels, class_names)
         self.sample_index = np.asarray(getattr(probes, "indices", np.arange(len(self.inputs))))
-        self.collapse_layers = check_layers(self.model, collapse_layers) if len(collapse_layers) else ()
+        names = check_names("collapse_layers", collapse_layers, least=0)
+        self.collapse_layers = check_layers(self.model, names) if names else ()
         if self.collapse_layers and len(torch.unique(self.labels)) < 2:
             raise InputError(expected="probes of at least 2 classes", got="one", do="leave out collapse_layers")
         self.limits = _checked_limits(limits, self.updates)
+        check_choice("route", route, ("step", "vmap"), or_none=True)
+        check_whole("chunk_size", chunk_size, or_none=True)
         self._asked: dict[str, tuple[Any, int | None]] = dict.fromkeys(self.updates, (route, chunk_size))
+        if self.looks:
+            self._try()
         self._started = time.perf_counter()
         self._measuring, self._cost, self._kept_bytes = 0.0, math.nan, 0
         self._epoch: float | None = None
         self._epoch_start = 0
         self.updates_made = self.resume_step = 0
-        self._attributes = self._describe(dict(configuration or {}))
-        self._open(store, resume)
+        self._attributes = self._describe(check_mapping("configuration", configuration, or_none=True))
+        self._open(store, _checked_resume(resume))
 
     # -- the loop's face ------------------------------------------------------------------------------------------
 
@@ -158,6 +177,7 @@ class Tracker:
         Returns:
             The snapshot, committed to the store, or None: not due, or not rank 0.
         """
+        epoch = check_real("epoch", epoch, or_none=True)
         if _whole(epoch) != _whole(self._epoch):
             self._epoch_start = self.updates_made
         self._epoch = epoch
@@ -221,20 +241,29 @@ class Tracker:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure(self, name: str, update: Update) -> Impact:
+    def _try(self) -> None:
+        """Take each update at one probe, so that what cannot be measured is refused before training starts."""
+        for name, update in self.updates.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                impact = self._measure(name, update, 1)
+            check_labels(self.labels, impact.before.shape[1], self.outputs)
+
+    def _measure(self, name: str, update: Update, n: int | None = None) -> Impact:
+        """An update at the first ``n`` probes, all by default."""
         is_limit = name in self.limits
         route, chunk_size = self._asked[name]
         return measure(
             self.model,
             self.loss_fn,
-            (self.inputs, self.labels),
+            (self.inputs[:n], self.labels[:n]),
             update=update,
             engine="linear" if is_limit else "replay",
             outputs=self.outputs,
             route=None if is_limit else route,
             chunk_size=len(self.inputs) if is_limit else chunk_size,
             mode=self.mode,
-            check_pairs=self.check_pairs,
+            check_pairs=self.check_pairs if n is None else 0,
         )
 
     def _estimate(self) -> float:
@@ -444,7 +473,7 @@ class Tracker:
                 raise InputError(expected="a store to resume", got="store=None", do="pass the path of the run")
             self._store: MemoryStore | ZarrStore = MemoryStore()
             return
-        path = Path(store)
+        path = check_path("store", store)
         if path.suffix != ".zarr":
             path = path / "run.zarr"
         if not self.looks:
@@ -518,18 +547,40 @@ def _pair(probes: Any) -> tuple[Tensor, Tensor]:
 
 
 def _named(update: Update | Mapping[str, Update]) -> dict[str, Update]:
+    if not isinstance(update, Mapping):
+        check_update(update)
     named = {update.name: update} if isinstance(update, Update) else dict(update)
-    if not named or not all(isinstance(one, Update) for one in named.values()):
+    texts = all(isinstance(name, str) and name for name in named)
+    if not named or not texts or not all(isinstance(step, Update) for step in named.values()):
         raise InputError(
             expected="an update, or a dict name -> update",
-            got=repr(update),
+            got=in_words(update),
             do="for example le.SGD(lr=0.01) or {'probe': le.Adam(lr=1e-4)}",
         )
     return named
 
 
+def _checked_definitions(definitions: Sequence[str]) -> list[str]:
+    names = check_names("definitions", definitions, distinct=True)
+    for name in names:
+        get_definition(name)
+    return list(names)
+
+
+def _checked_resume(resume: Any) -> bool | int:
+    if isinstance(resume, bool | np.bool_):
+        return bool(resume)
+    if is_whole(resume) and resume >= 0:
+        return int(resume)
+    raise InputError(
+        expected="resume: True, False, or the step to continue from",
+        got=in_words(resume),
+        do="write resume=True to continue from the last snapshot",
+    )
+
+
 def _checked_limits(limits: Sequence[str], updates: Mapping[str, Update]) -> tuple[str, ...]:
-    limits = (limits,) if isinstance(limits, str) else tuple(limits)
+    limits = check_names("limits", limits, least=0, distinct=True)
     for name in limits:
         if name not in updates:
             raise InputError(expected="limits that name updates", got=repr(name), do=nearest(name, updates))
@@ -552,6 +603,7 @@ def _class_names(probes: Any, labels: Tensor, given: Sequence[str] | None) -> tu
     names = given if given is not None else getattr(probes, "class_names", None)
     if names is None:
         return tuple(str(label) for label in range(int(labels.max()) + 1))
+    names = check_class_names("class_names", names)
     if int(labels.max()) >= len(names):
         raise InputError(
             expected=f"labels in 0..{len(names) - 1}, one name each",
@@ -587,8 +639,13 @@ def _whole(epoch: float | None) -> int | None:
 
 def _number(name: str, value: Scalar) -> float:
     try:
-        return float(value() if callable(value) else value)
-    except (TypeError, ValueError):
+        given = value() if callable(value) else value
+        if isinstance(given, str):
+            raise TypeError
+        return float(given)
+    except Exception as error:  # also whatever a function of the user's raises
         raise InputError(
-            expected=f"a number for {name!r}", got=repr(value), do="pass loss=loss.item() and the like"
-        ) from None
+            expected=f"a number for {name!r}, or a function without arguments that gives one",
+            got=in_words(value),
+            do="pass loss=loss.item() and the like",
+        ) from error
