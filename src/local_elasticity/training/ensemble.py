@@ -329,7 +329,11 @@ def train_ensemble(
         session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
         session.callback, session.calls = callback, calls
         session.add_trackers(trackers or {}, recording is not None and recording.resumed)
-        session.run(last, workers, progress)
+        try:
+            session.run(last, workers, progress)
+        finally:
+            if recording is not None:
+                recording.release()
     return ensemble
 
 
