@@ -238,7 +238,6 @@ class MemoryStore:
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the run."""
-        self._check_lock()
         self.attributes.update(attributes)
 
     def open(self) -> Run:
