@@ -15,32 +15,67 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
+from local_elasticity import interrupts
 from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 
+
+class _Terminal(Console):
+    """A console that ends quietly where its reader has gone (``| head``)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        interrupts.end_quietly()
+
+
+console = _Terminal(highlight=False, soft_wrap=True)
 app = App(
+    console=console,
+    suppress_keyboard_interrupt=False,
     name="local-elasticity",
     help="When one update is taken at x, how much does the prediction at x' move?",
     version_flags=["--version"],
 )
-console = Console(highlight=False, soft_wrap=True)
+
+CONTINUED = {  # commands that go on where they stopped, and where that is
+    "track": "from the last snapshot",
+    "train": "from the last checkpoint",
+    "reproduce": "with what is not yet done",
+}
+UNWRITTEN = ("measure",)  # commands that write at the very end
 
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 Sizes = Annotated[list[int] | None, Parameter(consume_multiple=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit status 0, 1 (a claim failed) or 2 (bad input, one clear line)."""
-    try:
-        status = app(arguments, exit_on_error=False, print_error=False)
-    except InputError as error:
-        _refuse(str(error))
-    except CycloptsError as error:
-        _refuse(" ".join(str(error).split()) + "; see --help")
-    except KeyboardInterrupt:
-        _refuse("interrupted; the same command continues from the last snapshot", 130)
-    else:
-        sys.exit(status if isinstance(status, int) else 0)
+    """Run a command.
+
+    Exit status 0, 1 (a claim failed), 2 (bad input, one clear line), 130 or 143 (SIGINT or SIGTERM, one line that says
+    how to go on), or 141 (nobody reads the output any more).
+    """
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    with interrupts.ending(f"local-elasticity: {_after_interrupt(words)}"):
+        try:
+            status = app(words, exit_on_error=False, print_error=False)
+        except InputError as error:
+            _refuse(str(error))
+        except CycloptsError as error:
+            _refuse(" ".join(str(error).split()) + "; see --help")
+        else:
+            sys.stdout.flush()
+            sys.exit(status if isinstance(status, int) else 0)
+
+
+def _after_interrupt(words: Sequence[str]) -> str:
+    """How to go on with a command that was interrupted."""
+    command = words[0] if words else ""
+    if command not in CONTINUED:
+        return (
+            "interrupted; nothing was written" if command in UNWRITTEN else "interrupted; the same command starts over"
+        )
+    same = "the same command without --overwrite" if "--overwrite" in words else "the same command"
+    return f"interrupted; {same} continues {CONTINUED[command]}"
 
 
 def _refuse(line: str, status: int = 2) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -169,6 +170,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all: the process that waits ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # --- backends ----------------------------------------------------------------------------------------------------
 
 
@@ -179,9 +193,11 @@ def _backend(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
     def parallel(tasks: list[Task]) -> None:
         # No generator returns: Ray's backend has none. A batch is one task, so that a lost worker costs one.
         options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "all"}
-        joblib.Parallel(n_jobs=min(workers.jobs, len(tasks)), **options)(
-            joblib.delayed(_perform)(task) for task in tasks
-        )
+        jobs = min(workers.jobs, len(tasks))
+        if workers.backend == "loky":
+            with _deaf_to_interrupts():  # its workers are started by the first call, and serve the second
+                joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(os.getpid)() for _ in range(jobs))
+        joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(_perform)(task) for task in tasks)
 
     with {"loky": _loky, "ray": _ray, "dask": _dask}[workers.backend](workers):
         yield parallel
@@ -216,7 +232,8 @@ def _ray(workers: Workers) -> Iterator[None]:
         else:
             settings |= {"num_cpus": workers.jobs, "include_dashboard": False}
         try:
-            ray.init(**settings)
+            with _deaf_to_interrupts():
+                ray.init(**settings)
         except Exception as error:  # what a cluster can do is open-ended
             raise _no_answer("ray", workers.address or "this machine", error) from error
     try:
@@ -245,7 +262,8 @@ def _dask(workers: Workers) -> Iterator[None]:
     try:
         if address is None:
             options: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
-            cluster = LocalCluster(n_workers=workers.jobs, threads_per_worker=1, processes=True, **options)
+            with _deaf_to_interrupts():
+                cluster = LocalCluster(n_workers=workers.jobs, threads_per_worker=1, processes=True, **options)
         where: Any = cluster or (None if Path(str(address)).is_file() else address)
         file: dict[str, Any] = {"scheduler_file": address} if address and Path(address).is_file() else {}
         client = Client(where, timeout=START_SECONDS, **file)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from local_elasticity.base.checks import check_path
+from local_elasticity.base.locks import StoreLock, lock_name
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import s_rel_of
 
@@ -265,11 +266,30 @@ class ZarrStore:
         self.group: Any = None
         self.arrays: dict[str, Any] = {}
         self._steps: list[int] = []
+        self._lock: StoreLock | None = None
+
+    def lock(self) -> None:
+        """Be the one that writes here, from now on.
+
+        Raises:
+            InputError: when another process is.
+        """
+        self._lock = StoreLock(self.path)
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def create(self, static: Snapshot, attributes: Mapping[str, Any]) -> None:
         """Start a run in an empty place."""
         import zarr
 
+        self._check_lock()
         with quiet():
             # Built beside its place and moved there whole, so that a kill leaves either nothing or a run.
             building = self.path.with_name(f".{self.path.name}.partial")
@@ -330,6 +350,7 @@ class ZarrStore:
 
     def append(self, step: int, snapshot: Snapshot, attributes: Mapping[str, Any]) -> None:
         """Add a snapshot and commit it; those at this step or later are replaced."""
+        self._check_lock()
         with quiet():
             kept = self._steps = [s for s in self._steps if s < step]
             self.drop_replaced()
@@ -384,6 +405,7 @@ class ZarrStore:
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the run."""
+        self._check_lock()
         with quiet():
             self._update_attributes(attributes)
             self._commit()
@@ -405,7 +427,10 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
     partial = note.with_suffix(".partial")
     stored = _stored_configuration(note)
     ours = locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
+    made_first = ("run.zarr", "ensemble.zarr")
     notes = (note, partial, out / STUDY_NOTE, out / f"{STUDY_NOTE}.partial")
+    notes += tuple(out / lock_name(Path(name)) for name in made_first)
+    notes += tuple(out / f".{name}.partial" for name in made_first)  # what was being made when a run was killed
     if out.exists() and not ours and any(path not in notes for path in out.iterdir()):
         raise InputError(
             expected="an empty folder, or one that a run or a study made",

@@ -41,18 +41,11 @@ def _bits(value: Any, visited: set[int]) -> Any:
 
 
 def _inside(value: Any, visited: set[int]) -> Any:
-<<<<<<< HEAD
-    if isinstance(value, (dict, OrderedDict)):
-        # hooks are numbered by one counter of the process: their order counts
-        keys = [place if isinstance(key, int) else repr(_bits(key, visited)) for place, key in enumerate(value)]
-        return [(key, _bits(item, visited)) for key, item in zip(keys, value.values(), strict=True)]
-=======
     if isinstance(value, OrderedDict) and all(isinstance(key, int) for key in value):  # hooks by a running number
         return [_bits(item, visited) for item in value.values()]
     if isinstance(value, dict):
         items = [(key, item) for key, item in value.items() if key != "_torchdynamo_wrapper_id"]
         return [(repr(_bits(key, visited)), _bits(item, visited)) for key, item in items]
->>>>>>> battery
     if isinstance(value, (list, tuple, deque)):
         return [type(value).__name__, *(_bits(item, visited) for item in value)]
     if isinstance(value, (set, frozenset)):

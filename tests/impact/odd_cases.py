@@ -117,13 +117,8 @@ ODD_MODELS = [
     ),
     Case("outputs that are gradients", m.Energy, may_refuse=TRANSFORMS, why=NO_FORWARD_AD),
     Case("branch on values", m.Branching, may_refuse=TRANSFORMS, why=DATA_DEPENDENT),
-<<<<<<< HEAD
-    Case("scripted", m.scripted, may_refuse=TRANSFORMS | {DOUBLE}, why=COMPILED),
-    Case("traced", m.traced, may_refuse=TRANSFORMS | {DOUBLE}, why=COMPILED),
-=======
     Case("scripted", m.scripted, may_refuse=TRANSFORMS | {DOUBLE}, why=COMPILED, around=m.unoptimised),
     Case("traced", m.traced, may_refuse=TRANSFORMS | {DOUBLE}, why=COMPILED, around=m.unoptimised),
->>>>>>> battery
     Case("compiled", m.compiled, may_refuse=TRANSFORMS, why=COMPILED),
     Case("relu in place on the input", m.relu_in_place, may_refuse=TRANSFORMS, why=WRITES),
     Case("scales its input in place", m.ScalesInput, may_refuse=TRANSFORMS, why=WRITES),

@@ -304,11 +304,7 @@ class MemoryBank:
         self.place = 0
 
     def __call__(self, o: Tensor, t: Tensor) -> Tensor:
-<<<<<<< HEAD
-        likeness = o @ self.queue.to(o).clone().t()  # autograd keeps what it multiplies with
-=======
         likeness = o @ self.queue.to(o, copy=True).t()
->>>>>>> battery
         self.queue[self.place % 4] = o.detach()[0].to(self.queue)
         self.place += 1
         return F.cross_entropy(o, t) + torch.logsumexp(likeness, 1).sum()

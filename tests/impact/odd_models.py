@@ -58,7 +58,7 @@ def volumes() -> Data:
 
 
 def sequences() -> Data:
-    return _normal(5, 4), _labels()
+    return _normal(3, 4), _labels()
 
 
 def tokens() -> Data:
@@ -121,15 +121,16 @@ class Case:
 
     def build(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Loss, Tensor, Tensor]:
         """Model, loss, inputs and labels, always the same bits; the global streams are left alone."""
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would write down the stack, for CUDA
             model = _cast(self.model(), dtype).train(self.mode == "train")
             loss = self.loss(model)
             loss = _cast(loss, dtype) if isinstance(loss, nn.Module) else loss
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])  # noqa: NPY002
         x, y = (t.to(dtype) if t.is_floating_point() else t for t in self.data())
         return model, loss, x, y
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_cases import CASES
+from odd_cases import CASES, ODD_MODELS, ORDINARY
 from odd_models import CONTRACT, DOUBLE, JVP, LINEAR, VMAP, Case
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ import local_elasticity as le
 pytestmark = pytest.mark.filterwarnings("ignore")
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SMALL = 1e-6
-SOURCES = (0, 1, 2, 3, 9, 15)  # every label, one that is ignored, the rare inputs
+SOURCES = (1, 2, 3, 9)  # every label, one that is ignored, the rare input
 
 
 def tiny_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -68,16 +68,26 @@ ROUTES = [
     Route(DOUBLE, sgd, lambda model: le.SGD(lr=0.05), FINITE | {"dtype": torch.float64}, 1e-6, torch.float32),
 ]
 NOT_COMPARED = {("sparse embedding", "default adam")}  # torch.optim.Adam takes no sparse gradients, le.Adam does
-PAIRS = [
-    pytest.param(case, route, id=f"{case.name} - {route.name}")
-    for case in CASES
-    for route in ROUTES
-    if (case.name, route.name) not in NOT_COMPARED
-]
+
+
+def routes_of(case: Case) -> list[Route]:
+    """All for ordinary models; of the others those that differ in what they may get wrong."""
+    ways = [route.name for route in ROUTES]
+    if case in ODD_MODELS:
+        ways = ["default", "replay", "step", VMAP, LINEAR, DOUBLE]
+    elif case.name.endswith(", conv"):  # its twin with an mlp takes more
+        ways = ["default", "replay"]
+    elif case not in ORDINARY:
+        ways = ["default", "default adam", "replay", VMAP, LINEAR, DOUBLE]
+    return [route for route in ROUTES if route.name in ways and (case.name, route.name) not in NOT_COMPARED]
+
+
+COMBINATIONS = [(case, route) for case in CASES for route in routes_of(case)]
+PAIRS = [pytest.param(case, route, id=f"{case.name} - {route.name}") for case, route in COMBINATIONS]
 
 
 def seed_streams() -> None:
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     np.random.seed(7)  # noqa: NPY002
     random.seed(7)
 
@@ -162,3 +172,13 @@ def test_right_or_refused(case: Case, route: Route) -> None:
         return
     want = real_change(case, route.optimizer, route.dtype)
     assert worst_error(impact.change[list(SOURCES)], want) <= route.tolerance, impact.plan.notes
+
+
+def test_the_table_excuses_little() -> None:
+    """Most combinations must be right; what is excused says why, and no usual way of measuring is."""
+    binding = [(case, route) for case, route in COMBINATIONS if not (case.must_refuse or route.name in case.may_refuse)]
+    assert len(binding) >= 0.6 * len(COMBINATIONS)
+    assert len({case.name for case, _ in binding}) >= 120
+    excused = [case for case in CASES if case.must_refuse or case.may_refuse]
+    assert all(case.why for case in excused)
+    assert not any({"default", "default adam", "replay"} & case.may_refuse for case in CASES)

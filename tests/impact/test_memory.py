@@ -35,7 +35,7 @@ def test_the_limit_of_the_user_goes_before_what_is_free(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["replay", "linear"])
-@pytest.mark.parametrize("free", [50_000_000, 10**12])
+@pytest.mark.parametrize("free", [200_000_000, 10**12])
 def test_free_memory_decides_only_the_refusal(monkeypatch, engine, free):
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 3), torch.randn(20, 4), torch.randint(0, 3, (20,))
@@ -64,10 +64,14 @@ def test_an_allocation_that_fails_is_told_with_the_estimate(error):
 
 
 def test_the_estimate_is_the_largest_that_was_checked():
-    with pytest.raises(le.InputError, match="about 77 bytes"), told_of_memory():
+    @told_of_memory()
+    def work():
         check_memory(77, None)
         check_memory(5, None)
         raise MemoryError
+
+    with pytest.raises(le.InputError, match="about 77 bytes"):
+        work()
 
 
 @pytest.mark.parametrize(
@@ -80,13 +84,8 @@ def test_other_errors_pass(error):
 
 
 def test_a_loss_that_runs_out_of_memory_is_told_by_measure():
-    calls = []
-
     def loss(outputs, labels):
-        calls.append(1)
-        if len(calls) > 1:
-            raise MemoryError("the words of an allocator")
-        return nn.functional.cross_entropy(outputs, labels)
+        raise MemoryError("the words of an allocator")
 
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with pytest.raises(le.InputError) as caught:
@@ -117,9 +116,10 @@ import resource, torch, local_elasticity as le
 size = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmSize"))) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
 x, y = torch.randn(1500, 16), torch.randint(0, 1000, (1500,))
+loss, step = torch.nn.CrossEntropyLoss(), le.SGD(lr=0.01)
 for engine in ("replay", "linear"):
     try:
-        le.measure(torch.nn.Linear(16, 1000), torch.nn.CrossEntropyLoss(), (x, y), update=le.SGD(lr=0.01), engine=engine)
+        le.measure(torch.nn.Linear(16, 1000), loss, (x, y), update=step, engine=engine)
     except le.InputError as error:
         print(error)
 try:

@@ -219,6 +219,7 @@ def in_child(work: Callable[[], bytes]) -> bytes:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork; workers of a DataLoader do the same
             threading.Timer(WAIT, os._exit, (1,)).start()
             os.write(write, work())
         finally:

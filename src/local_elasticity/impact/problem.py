@@ -80,6 +80,7 @@ class Problem:
         self.subject, self.model, self.loss_fn, self.step = subject, subject.model, loss_fn, step
         self.inputs, self.labels, self.targets = inputs, labels, targets
         self.parameters = list(parameters.values())
+        self._hooks = [len(p._backward_hooks or ()) for p in self.parameters]
         self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
         self.first_source = 0
         self._started, self.seconds_per_target = time.perf_counter(), 0.0
@@ -197,10 +198,27 @@ class Problem:
         first, gradient = self.subject.find_draws(work)
         self.subject.rewind()
         self._is_examined = True
+        if gradient is not None:
+            self._check_state(self._plain_loss() if self.subject.restless else gradient[0])
         if self.subject.restless:
             return self.forward(self.rows(0))
         self._first_gradient = gradient
         return first
+
+    def _plain_loss(self) -> Tensor:
+        with torch.enable_grad():
+            return self.loss(self.first_source)[1].detach()
+
+    def _check_state(self, loss: Tensor) -> None:
+        """Refuse a state that was not reached, and so not put back: the loss is another the next time."""
+        again = self._plain_loss()
+        if bool(torch.isfinite(loss)) and not close(again, loss):
+            raise InputError(
+                expected="a model and a loss whose every call starts from the same state",
+                got=f"loss {float(again):.6g} at source {self.first_source} after {float(loss):.6g}: "
+                "something that the look cannot put back was moved, such as a variable of another module",
+                do="keep it in an attribute, a list or a dict that the model or the loss holds",
+            )
 
     def _read_labels(self, n_outputs: int, outputs: str) -> None:
         """What the loss says of the labels: which it ignores, which are out of range, what its outputs stand for."""
@@ -261,6 +279,7 @@ class Problem:
             if examine:
                 _refuse_hidden_graph(loss)
             gradients = self._gradients(loss, source)
+        self._refuse_leftovers()
         if examine:
             self.idle = {index for index, gradient in enumerate(gradients) if gradient is None}
         if "weights" in self.subject.moved or self.subject.weights_written():
@@ -268,10 +287,23 @@ class Problem:
             self.step.weights[:] = [p.detach() for p in self.parameters]
         return loss.detach(), [None if g is None else g.detach() for g in gradients]
 
+    def _refuse_leftovers(self) -> None:
+        """What the loss leaves at the weights would be part of the user's step, and of the next loss."""
+        if any(p.grad is not None for p in self.parameters):
+            raise InputError(
+                expected="a loss that leaves .grad of the weights as it was",
+                got="a backward() within the forward pass or the loss, whose gradients stay there",
+                do="use torch.autograd.grad, or return the sum of what is differentiated and call backward() on that",
+            )
+        if [len(p._backward_hooks or ()) for p in self.parameters] != self._hooks:
+            raise InputError(
+                expected="a model and a loss that leave the hooks of the weights as they are",
+                got="a forward pass or a loss that registers a hook at each call, or removes one",
+                do="register it once, before the look",
+            )
+
     def _gradients(self, loss: Tensor, source: int) -> Sequence[Tensor | None]:
         scaled = self._scaled(loss)
-        if self._is_examined:
-            return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         try:
             return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         except _USER_ERRORS as error:
@@ -287,8 +319,6 @@ class Problem:
         output = self._call(self.inputs[some])
         check_output(output, 1)
         y = private(self.labels[some])
-        if self._is_examined:
-            return output, one_number(self.loss_fn(output, y))
         try:
             return output, one_number(self.loss_fn(output, y))
         except _USER_ERRORS as error:
@@ -313,6 +343,12 @@ class Problem:
                 self._gradient(source)
 
         self.subject.check_late_draws(work)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two losses are the same but for rounding."""
+    eps = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(one.device.type) else one.dtype).eps
+    return bool((one - other).abs() <= (1e3 * eps if eps < 1e-3 else 4 * eps) * (one.abs() + 1))
 
 
 def widened(x: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ import array
 import collections
 import dis
 import functools
+import queue
 import random
 import sys
 import sysconfig
+import threading
 import types
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
@@ -32,7 +35,10 @@ _PLAIN = (
     int, float, complex, str, bytes, bool, type(None), range, slice, torch.dtype, torch.device, torch.Size,
     types.ModuleType, types.BuiltinFunctionType, types.CodeType, np.dtype,
 )  # fmt: skip
-_RECORDS = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
+_RECORDS = (
+    types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, queue.Queue,
+    threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, torch.optim.lr_scheduler.LRScheduler,
+)  # fmt: skip
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
     path for name in ("purelib", "platlib", "stdlib") if (path := sysconfig.get_paths().get(name)) is not None
@@ -492,6 +498,11 @@ class Reach:
             self._add(place)
             if isinstance(value, dict) and not isinstance(place, _Length):
                 self._put(value)
+            if _root(type(value).__module__) not in _LIBRARIES:  # a user's kind of list or dict
+                self._enter_instance(value, type(value))
+            return
+        if isinstance(value, torch.optim.Optimizer):
+            self._enter_optimizer(value)
             return
         if isinstance(value, tuple | frozenset | types.MappingProxyType):
             if len(value) > MOST_ITEMS:
@@ -509,6 +520,12 @@ class Reach:
             return
         self._is_foreign = self._is_foreign or _is_installed(_file_of(kind))
         self._enter_instance(value, kind)
+
+    def _enter_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its settings and its state; its weights are the model's, and stay those that it steps on."""
+        for group in optimizer.param_groups:
+            self.held[id(group["params"])] = group["params"]
+        self._put([optimizer.param_groups, optimizer.state])
 
     def _enter_instance(self, value: Any, kind: type) -> None:
         state = getattr(value, "__dict__", None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from local_elasticity.errors import InputError
 from local_elasticity.impact.linear import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import Problem
+from local_elasticity.impact.problem import Problem, close
 from local_elasticity.impact.progress import Progress
 
 VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
@@ -21,7 +21,9 @@ VMAP_LEAST_SOURCES = 8
 VMAP_MOST_PRODUCTS = 2**20  # weights x targets: above, one batched product costs more than one after the other
 SAME_CHANGE = 1e-3  # of a change: how far two routes to it may be apart, beside rounding
 SAME_CHANGE_OF_CASTS = 0.05  # the same within autocast, whose factors have 8 bits
-_NO_BATCHING = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError)
+_NO_BATCHING = (
+    RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass
@@ -205,17 +207,12 @@ def _differs_from_step(problem: Problem, results: _Results, source: int, buffers
     error = (results.after[source] - problem.before - real).norm(dim=-1)
     same = SAME_CHANGE_OF_CASTS if torch.is_autocast_enabled(problem.targets.device.type) else SAME_CHANGE
     allowed = same * real.norm(dim=-1) + 10 * problem.noise_floor
-    if bool((error <= allowed).all()) and _close(loss, results.losses[source]):
+    if bool((error <= allowed).all()) and close(loss, results.losses[source]):
         return None
     if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(real).all()):
         return None  # what is not finite is told by its own check
     size = float(error.max()) / max(float(real.norm(dim=-1).max()), 1e-300)
     return f"its changes at source {source} are off by {size:.2g} from a real step's"
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    eps = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(one.device.type) else one.dtype).eps
-    return bool((one - other).abs() <= (1e3 * eps if eps < 1e-3 else 4 * eps) * (one.abs() + 1))
 
 
 def _keep(problem: Problem, results: _Results, source: int, loss: Tensor, looked: Tensor) -> None:

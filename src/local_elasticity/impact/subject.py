@@ -77,6 +77,7 @@ class Subject:
         self.moved: set[str] = set()
         self.draws: set[str] = set()
         self._stepped: frozenset[int] = frozenset()
+        self._exchanged: list[Place] = []
         self._stack = ExitStack()
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ class Subject:
         for t, _ in grads:
             t.grad = None
         stack.callback(_put_back_grads, leaves, grads)
+        stack.callback(_put_back_hooks, [(t, dict(t._backward_hooks or {})) for t in leaves if t.requires_grad])
         stack.callback(self._put_back_places)
 
     def _stand_in(self) -> None:
@@ -141,7 +143,7 @@ class Subject:
         """Exchange every floating tensor for one of another dtype, wherever it is held."""
         others: dict[int, Tensor] = {id(t): _converted(t, dtype, self.only_narrow) for t in self.reach.tensors}
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
-        self._exchange(lambda t: others.get(id(t), t))
+        self._exchanged = self._exchange(lambda t: others.get(id(t), t))
         self._converted = list({id(t): t for t in others.values()}.values())
         for module in self.reach.modules:
             if isinstance(module, torch.jit.ScriptModule) and any(id(p) in others for p in module.parameters()):
@@ -183,6 +185,8 @@ class Subject:
             place.saved = place.original
             if place.moved():
                 place.restore()
+        for place in self._exchanged:
+            place.restore()
 
     def _put_back_streams(self) -> None:
         if self.restore_streams:
@@ -277,6 +281,8 @@ class Subject:
         try:
             self._stepped = frozenset(map(id, parameters))
             shared = self._shadows.aliases(self._stepped)
+            if shared:  # the step holds the weights themselves, whose memory is not to be written
+                self._shadows.renew(parameters)
             for parameter, value in zip(parameters, values, strict=True):
                 if id(parameter) in shared:
                     parameter.data.copy_(value)
@@ -428,3 +434,11 @@ def _put_back_grads(leaves: list[Tensor], grads: list[tuple[Tensor, Tensor]]) ->
             t.grad = None
     for t, grad in grads:
         t.grad = grad
+
+
+def _put_back_hooks(hooks: list[tuple[Tensor, dict[int, Any]]]) -> None:
+    for t, first in hooks:
+        now = t._backward_hooks
+        if now is not None and list(now) != list(first):
+            now.clear()
+            now.update(first)

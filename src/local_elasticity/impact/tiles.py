@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag, check_path, check_whole
+from local_elasticity.base.locks import StoreLock
 from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
@@ -109,6 +111,7 @@ def measure_tiles(
         "self_index": ((n,), (n,), "int64"),
     }
     identity = fingerprint(model, inputs, labels, looked_at, update, {**settings, "update": update.name}, tile)
+    lock = StoreLock(Path(out))
     store = _open(Path(out), shapes, (-(-n // tile), -(-m // tile)), identity, overwrite)
     _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
 
@@ -124,7 +127,8 @@ def measure_tiles(
             _array(store, "losses")[i] = impact.losses.cpu().numpy()
 
     tiles = itertools.product(range(-(-n // tile)), range(-(-m // tile)))
-    run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
+    with lock:
+        run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
     return _dataset(Path(out), store)
 
 
@@ -167,6 +171,7 @@ def gradient_gram(
     u = _cotangents(model, loss_fn, x, y, tile)
     shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}
     identity = fingerprint(model, x, y, x, None, {"gram": True}, tile)
+    lock = StoreLock(Path(out))
     store = _open(Path(out), shapes, (-(-n // tile), -(-n // tile)), identity, overwrite)
 
     def work(row: int, column: int) -> None:
@@ -179,9 +184,9 @@ def gradient_gram(
         if row != column:
             _array(store, "gram")[j, i] = block.T
 
-    run_tiles(
-        store, itertools.combinations_with_replacement(range(-(-n // tile)), 2), work, progress, f"{n} x {n} pairs"
-    )
+    pairs = itertools.combinations_with_replacement(range(-(-n // tile)), 2)
+    with lock:
+        run_tiles(store, pairs, work, progress, f"{n} x {n} pairs")
     return _dataset(Path(out), store)
 
 
@@ -268,7 +273,11 @@ def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: s
                 do="choose another out=, or pass overwrite=True",
             )
         return store
-    store = zarr.open_group(str(out), mode="w")
+    # Built beside its place and moved there whole, so that a kill leaves either nothing or a store.
+    building = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    building.parent.mkdir(parents=True, exist_ok=True)
+    store = zarr.open_group(str(building), mode="w")
     for name, (shape, chunks, dtype) in shapes.items():
         chunks = tuple(max(1, min(c, s)) for c, s in zip(chunks, shape, strict=True))
         store.create_array(
@@ -279,7 +288,10 @@ def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: s
         "done", shape=tiles, chunks=(1, 1), dtype="bool", fill_value=False, dimension_names=("row", "column")
     )
     store.attrs["identity"] = identity
-    return store
+    if out.exists():
+        shutil.rmtree(out)
+    building.rename(out)
+    return zarr.open_group(str(out), mode="r+")
 
 
 def _array(store: zarr.Group, name: str) -> zarr.Array:

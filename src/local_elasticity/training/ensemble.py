@@ -51,7 +51,7 @@ from local_elasticity.impact.problem import widened
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
-from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route
+from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route, idle_weights
 from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error
 from local_elasticity.training.lockstep.optimizers import Rule
 from local_elasticity.training.lockstep.routes import Loop, Problem, Stack
@@ -316,6 +316,7 @@ def train_ensemble(
     stack = _placed(stack, dtype, device)
     problem = Problem(_cast(x, dtype, device), _cast(y, dtype, device), loss_fn, rule, batch_size)
     outputs = _check_outputs(stack, problem)
+    stack.idle = idle_weights(stack, problem)
     checking = _Looks.of(validation, validate, steps, 20, "validation", dtype, device)
     probing = _Looks.of(probes, probe, steps, 100, "probes", dtype, device)
     _check_looks(checking, probing, outputs, collapse_layers, stack.template)
@@ -368,7 +369,11 @@ def train_ensemble(
         session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
         session.callback, session.calls = callback, calls
         session.add_trackers(trackers, recording is not None and recording.resumed)
-        session.run(last, workers, progress)
+        try:
+            session.run(last, workers, progress)
+        finally:
+            if recording is not None:
+                recording.release()
     return ensemble
 
 
@@ -518,7 +523,7 @@ class _Session:
         for position in range(len(ensemble.replicas)):
             _load(model, ensemble.weights, ensemble.buffers, position)
             with preserved(model, "eval", restore_streams=True), _output_of(model) as out:
-                layers = layer_outputs(model, x, names)
+                layers = layer_outputs(model, x.clone(), names)
             seen.append({"outputs": _rows(out[0]), **layers})
         return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
 
@@ -753,7 +758,7 @@ def _check_outputs(stack: Stack, problem: Problem) -> int:
     _load(model, stack.weights, stack.buffers, 0)
     n = problem.batch_size
     with torch.no_grad(), preserved(model, "as_is", restore_streams=True):
-        out = try_model(model, problem.inputs[:n], "inputs of data")
+        out = try_model(model, problem.inputs[:n].clone(), "inputs of data")
         if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != n:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(

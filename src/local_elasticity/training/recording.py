@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checks import check_path
+from local_elasticity.base.locks import StoreLock, lock_name
 from local_elasticity.errors import InputError
 from local_elasticity.runs import git_revision, quiet, versions
 
@@ -43,6 +44,11 @@ class EnsembleStore:
     def __init__(self, folder: Path, resumed: bool) -> None:
         self.folder, self.resumed = folder, resumed
         self.written = 0
+        self._lock = StoreLock(folder / ARRAYS)
+
+    def release(self) -> None:
+        """Let others write."""
+        self._lock.release()
 
     @classmethod
     def open(
@@ -65,7 +71,7 @@ class EnsembleStore:
         folder = Path(store)
         stored = _read(folder / NOTE)
         if stored is None:
-            if folder.exists() and (not folder.is_dir() or any(p.name != "config.json" for p in folder.iterdir())):
+            if folder.exists() and not _is_free(folder):
                 raise InputError(
                     expected="an empty folder or an ensemble", got=f"something else at {folder}", do="choose another"
                 )
@@ -131,6 +137,7 @@ class EnsembleStore:
 
     def save(self, ensemble: Ensemble, routes: Sequence[Route]) -> None:
         """Write what is new of the log, then the state, then that they are there."""
+        self._lock.check()
         import zarr
 
         group = zarr.open_group(self.folder / ARRAYS, mode="r+")
@@ -261,6 +268,12 @@ def _compare(stored: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
             + ", ".join(f"{key} ({short(stored.get(key))} there, {short(now.get(key))} now)" for key in different),
             do="resume with the same settings, or store elsewhere",
         )
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, or holds but the beginning of an ensemble whose making was cut short."""
+    names = ("config.json", "config.partial", ARRAYS, Path(NOTE).with_suffix(".partial").name, lock_name(Path(ARRAYS)))
+    return folder.is_dir() and all(path.name in names for path in folder.iterdir())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

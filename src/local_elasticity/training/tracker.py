@@ -222,6 +222,8 @@ class Tracker:
         if isinstance(self._store, ZarrStore):
             self._store.drop_replaced()
         self._store.set_attributes({"finished": True, "overhead": self.overhead})
+        if isinstance(self._store, ZarrStore):
+            self._store.release()
         return self._store.open()
 
     def __enter__(self) -> Tracker:
@@ -479,8 +481,9 @@ class Tracker:
         if not self.looks:
             self._follow(path, resume)
             return
-        self._store = ZarrStore(path)
+        self._store = store = ZarrStore(path)
         if not path.exists():
+            store.lock()
             return
         if locate(path) is None:
             raise InputError(
@@ -492,6 +495,7 @@ class Tracker:
             raise InputError(
                 expected="a new path", got=f"a run at {path}", do="pass resume=True to continue it, or another path"
             )
+        store.lock()
         self._continue(resume)
 
     def _follow(self, path: Path, resume: bool | int) -> None:
