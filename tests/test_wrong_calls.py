@@ -546,7 +546,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     ("intra_inter", intra_inter, {"run": RUN}, {"run": (None, X), "definition": ("x",), "width": (0, "x")}),
     ("heat_map", heat_map, {"run": RUN}, {"run": (None, X), "definition": ("x",), "step": ("x", 99, 1.5)}),
     ("write_page", write_page, {"run": RUN, "path": "page.html"}, {
-        "run": (None, X, "nowhere"), "path": (*PATHS, "folder", "file.txt/page.html"), "figures": (3, ["nowhere.svg"], "x"),
+        "run": (None, X, "nowhere"), "path": (*PATHS, "folder", "file.txt/page.html"), "figures": (3, ["nowhere.png"], "x"),
     }),
     ("write_all", write_all, {"run": RUN, "folder": "figures"}, {
         "run": (None, X), "folder": (*PATHS, "file.txt", "file.txt/figures"),

@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import itertools
 import math
-import numbers
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_text, check_whole, check_whole_list, is_whole
 from local_elasticity.errors import InputError, nearest
 
 __all__ = [
@@ -148,7 +148,7 @@ class SimpleConv(nn.Module):
         super().__init__()
         _check_count("n_classes", n_classes)
         _check_count("in_channels", in_channels)
-        if image_size not in (28, 32):
+        if not is_whole(image_size) or image_size not in (28, 32):
             raise InputError(
                 expected="image_size 32 or 28, whose 16 maps of 5x5 fill the first linear layer",
                 got=f"image_size={image_size}",
@@ -245,6 +245,7 @@ class VisionTransformer(nn.Module):
             _check_count(name, count)
         for name, count in (("width", width), ("depth", depth), ("heads", heads)):
             _check_count(name, count)
+        _check_count("image_size", image_size)
         if image_size % patch or width % heads:
             raise InputError(
                 expected="a patch that divides the image and heads that divide the width",
@@ -338,7 +339,20 @@ NETWORKS: dict[str, Builder] = {}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
-    """Make a builder known to `build` under ``name``; its keyword-only arguments are what may follow the name."""
+    """Make a builder known to `build` under ``name``; its keyword-only arguments are what may follow the name.
+
+    Args:
+        name: without a colon; one that there is already is refused.
+
+    Returns:
+        A decorator that registers the builder and hands it back unchanged.
+
+    Raises:
+        InputError: for what is no such name.
+    """
+    if check_text("name", name) in NETWORKS or ":" in name:
+        what = "one with a colon" if ":" in name else "one that is there"
+        raise InputError(expected="a new name without a colon", got=f"{name!r}, {what}", do="choose another name")
 
     def add(builder: Builder) -> Builder:
         NETWORKS[name] = builder
@@ -407,7 +421,8 @@ def build(name: str, n_classes: int, example_shape: Sequence[int]) -> nn.Module:
         InputError: for an unknown name or setting, a function that is not there, or one that returns no network.
     """
     _check_count("n_classes", n_classes)
-    example_shape = tuple(int(n) for n in example_shape)
+    check_text("name", name)
+    example_shape = check_whole_list("example_shape", example_shape, 1, at_least=1)
     head, _, tail = name.rpartition(":") if ":" in name else (name, "", "")
     if head in NETWORKS:
         builder = NETWORKS[head]
@@ -449,14 +464,16 @@ def _find(name: str, module_name: str, function_name: str) -> Callable[..., Any]
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             parents = {module_name[:end] for end, c in enumerate(module_name + ".") if c == "."}
-            if error.name not in parents:
-                raise  # the module is there; something that it imports is not
+            if error.name not in parents:  # the module is there; something that it imports is not
+                raise _not_importable(module_name, error) from error
             raise InputError(
                 expected="a known network or an importable module",
                 got=f"{name!r}: there is no module {error.name!r}",
                 do=f"give the file as path/to/file.py:{function_name}, or use a known network: "
                 + nearest(module_name, NETWORKS),
             ) from error
+        except Exception as error:
+            raise _not_importable(module_name, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -466,6 +483,16 @@ def _find(name: str, module_name: str, function_name: str) -> Callable[..., Any]
             do=nearest(function_name, public) if public else "define it there",
         )
     return function
+
+
+def _not_importable(module: str, error: Exception) -> InputError:
+    missing = f" (no module {error.name!r})" if isinstance(error, ModuleNotFoundError) and error.name else ""
+    command = f"python {module}" if module.endswith(".py") else f"python -c 'import {module}'"
+    return InputError(
+        expected="a module that can be imported",
+        got=f"{type(error).__name__}{missing} in {module}",
+        do=f"make this work first: {command}",
+    )
 
 
 def _import_file(name: str, path: Path) -> Any:
@@ -485,9 +512,11 @@ def _import_file(name: str, path: Path) -> Any:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[module_name]
-        raise
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        raise _not_importable(path.name, error) from error
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -499,7 +528,16 @@ def _call(name: str, function: Callable[..., Any], n_classes: int) -> nn.Module:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some compiled functions have no signature
         parameters = ()
-    network = function(n_classes) if parameters else function()
+    try:
+        network = function(n_classes) if parameters else function()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            expected=f"{name!r} to make a network when it is called with {'n_classes' if parameters else 'nothing'}",
+            got=f"{type(error).__name__} from it",
+            do="make that call work by itself first",
+        ) from error
     if not isinstance(network, nn.Module):
         raise InputError(
             expected=f"{name!r} to return a torch.nn.Module",
@@ -522,5 +560,4 @@ def _channels(example_shape: Sequence[int]) -> int:
 
 def _check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse anything but a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
+    check_whole(name, value, least)

@@ -57,6 +57,18 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def in_short(error: BaseException) -> str:
+    """An error of the operating system in a few words; of another its kind.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        For example "No space left on device".
+    """
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number by its type: True and 3.0 are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
@@ -526,6 +538,28 @@ def check_place(name: str, value: Any, *, or_none: bool = False) -> Any:
                 do="choose another path",
             )
     return path
+
+
+def make_folder(name: str, folder: Any) -> Path:
+    """Make a folder where there is none.
+
+    Args:
+        name: of the argument.
+        folder: where.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: for what is no path, a file, or a place where nothing can be made.
+    """
+    place = check_place(name, folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"a file, {str(place)!r}" if place.exists() else f"{type(error).__name__} at {str(place)!r}"
+        raise InputError(expected=f"{name}: a folder that can be written", got=got, do="choose another") from error
+    return place
 
 
 def check_instance(name: str, value: Any, kind: type | tuple[type, ...], example: str, *, or_none: bool = False) -> Any:

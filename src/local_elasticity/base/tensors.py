@@ -122,7 +122,9 @@ def check_pair(name: str, value: Any) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-def check_class_labels(name: str, labels: Any, n_classes: int | None = None, n: int | None = None) -> Tensor:
+def check_class_labels(
+    name: str, labels: Any, n_classes: int | None = None, n: int | None = None, *, negative: bool = False
+) -> Tensor:
     """Check a vector of class labels, as a tensor.
 
     Args:
@@ -130,6 +132,7 @@ def check_class_labels(name: str, labels: Any, n_classes: int | None = None, n: 
         labels: what came.
         n_classes: labels must be below it.
         n: how many there must be.
+        negative: whether labels below 0 may be.
 
     Returns:
         The labels as int64.
@@ -151,7 +154,7 @@ def check_class_labels(name: str, labels: Any, n_classes: int | None = None, n: 
     if n is not None and len(labels) != n:
         raise InputError(expected=f"{name}: {n} labels", got=str(len(labels)), do="give one label for each sample")
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    if low < 0 or (n_classes is not None and high >= n_classes):
+    if (low < 0 and not negative) or (n_classes is not None and high >= n_classes):
         raise InputError(
             expected=f"{name}: labels " + (">= 0" if n_classes is None else f"in 0..{n_classes - 1}"),
             got=f"labels from {low} to {high}",

@@ -7,7 +7,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice
+from local_elasticity.base.tensors import check_tensor
 
 Positions = Literal["mean", "flatten"]
 
@@ -25,12 +26,8 @@ def to_features(
     Raises:
         InputError: for another word.
     """
-    if positions not in ("mean", "flatten"):
-        known = ("mean", "flatten")
-        raise InputError(
-            expected="positions 'mean' or 'flatten'", got=repr(positions), do=nearest(str(positions), known)
-        )
-    x = x.detach()
+    check_choice("positions", positions, Positions)
+    x = check_tensor("x", x, finite=False).detach()
     if x.dim() <= 2:
         return x.reshape(len(x), -1).clone()
     if positions == "flatten":

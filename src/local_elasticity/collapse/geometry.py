@@ -33,7 +33,9 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice, check_whole, in_words
+from local_elasticity.base.tensors import advice_for_tensor, check_class_labels
+from local_elasticity.errors import InputError
 
 Weighting = Literal["classes", "samples"]
 Form = Literal["span", "svd", "pinv"]
@@ -80,6 +82,7 @@ def metrics(
         InputError: for what does not fit.
     """
     check_weighting(weighting)
+    check_whole("n_classes", n_classes, 2, or_none=True)
     check_features(features, labels)
     if weight is None:
         return metrics_of_many([features], labels, n_classes=n_classes, weighting=weighting)[0]
@@ -113,6 +116,13 @@ def metrics_of_many(
         InputError: for what does not fit.
     """
     check_weighting(weighting)
+    check_whole("n_classes", n_classes, 2, or_none=True)
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise InputError(
+            expected="features: a list of tensors",
+            got=in_words(features),
+            do="of one, write [features], or use metrics",
+        )
     for one in features:
         check_features(one, labels)
     if not features:
@@ -336,6 +346,9 @@ def classifier(
     Raises:
         InputError: when its shapes do not fit.
     """
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(expected=f"{name}: a torch tensor", got=in_words(value), do=advice_for_tensor(name, value))
     if weight.shape != (k, dim) or (bias is not None and bias.shape != (k,)):
         shapes = f"{tuple(weight.shape)}" + ("" if bias is None else f" and {tuple(bias.shape)}")
         raise InputError(
@@ -353,14 +366,16 @@ def class_labels(labels: Tensor, k: int) -> Int64[Tensor, " samples"]:
     Raises:
         InputError: when they are no classes 0 ... k - 1.
     """
-    if labels.is_floating_point() or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < k):
-        got = str(labels.dtype) if labels.is_floating_point() else f"{int(labels.min())} ... {int(labels.max())}"
-        raise InputError(expected=f"whole labels in 0 ... {k - 1}", got=got, do="relabel, or raise n_classes")
-    return labels.to(torch.int64)
+    return check_class_labels("labels", labels, k)
 
 
 def check_features(features: Tensor, labels: Tensor) -> None:
     """Refuse features that are no rows, or have no label each."""
+    if not isinstance(features, Tensor):
+        raise InputError(
+            expected="features: a torch tensor", got=in_words(features), do=advice_for_tensor("features", features)
+        )
+    check_class_labels("labels", labels)
     if features.dim() != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise InputError(
             expected="features (samples, dim) and one label each",
@@ -383,9 +398,7 @@ def check_weighting(weighting: str) -> None:
 
 def check_word(what: str, word: str, known: tuple[str, ...]) -> None:
     """Refuse a word that is not one of those known."""
-    if word not in known:
-        words = " or ".join(map(repr, known))
-        raise InputError(expected=f"{what} {words}", got=repr(word), do=nearest(str(word), known))
+    check_choice(what, word, known)
 
 
 def to_double(x: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import check_choice, check_names, check_whole
+from local_elasticity.base.tensors import check_class_labels, check_module, check_tensor, try_model
 from local_elasticity.collapse.features import Positions, to_features
-from local_elasticity.collapse.geometry import Weighting, metrics, metrics_of_many
+from local_elasticity.collapse.geometry import Weighting, check_weighting, metrics, metrics_of_many
 from local_elasticity.collapse.state import Keep, NeuralCollapse
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.wrappers import inner_module
@@ -47,7 +49,11 @@ class LayerCollapse:
         weighting: Weighting = "classes",
         keep: Keep = "sums",
     ) -> None:
-        self.model, self.n_classes = inner_module(model), n_classes
+        self.model = inner_module(check_module("model", model, trainable=False))
+        self.n_classes = check_whole("n_classes", n_classes, 2)
+        check_weighting(weighting)
+        check_choice("positions", positions, Positions)
+        check_choice("keep", keep, Keep)
         self.layers = check_layers(self.model, layers)
         self.positions: Positions = positions
         self.weighting: Weighting = weighting
@@ -107,8 +113,13 @@ def layer_metrics(
     Raises:
         InputError: for an unknown layer, or labels that do not fit.
     """
-    model = inner_module(model)
+    model = inner_module(check_module("model", model, trainable=False))
+    check_weighting(weighting)
+    check_choice("positions", positions, Positions)
+    check_whole("batch_size", batch_size)
     names = check_layers(model, layers)
+    check_tensor("x", x, finite=False)
+    check_class_labels("labels", labels, n=len(x), negative=True)
     parts = [layer_outputs(model, part, names, positions) for part in x.split(batch_size)]
     classes, places = torch.unique(labels, return_inverse=True)
     together = {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -130,7 +141,7 @@ def check_layers(model: nn.Module, layers: Sequence[str] | None) -> tuple[str, .
     """
     if layers is None:
         layers = weighted_layers(model)
-    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    layers = check_names("layers", layers, least=0)
     known = {name for name, _ in model.named_modules() if name} | {OUTPUTS}
     if last_linear(model) is not None:
         known.add(PENULTIMATE)
@@ -174,10 +185,13 @@ def layer_outputs(
     Raises:
         InputError: when a layer is not reached, is reached more than once, or puts out no tensor with samples first.
     """
-    layers = tuple(layers)
+    check_module("model", model, trainable=False)
+    check_tensor("x", x, finite=False)
+    check_choice("positions", positions, Positions)
     found: dict[str, Tensor] = {}
+    layers = check_layers(model, list(layers) if isinstance(layers, Iterable) else layers)
     with _listening(model, layers, found, positions, len(x)), torch.no_grad():
-        model(x)
+        try_model(model, x, "x")
     missing = [name for name in layers if name not in found]
     if missing:
         raise InputError(

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from local_elasticity.base.checks import check_instance, check_whole
+from local_elasticity.base.tensors import check_class_labels, check_device, check_tensor
 from local_elasticity.collapse.features import Positions, to_features
 from local_elasticity.collapse.geometry import (
     FORMS,
@@ -20,7 +22,6 @@ from local_elasticity.collapse.geometry import (
     check_counts,
     check_weighting,
     check_word,
-    class_labels,
     classifier,
     disagreeing,
     geometry,
@@ -73,10 +74,7 @@ class NeuralCollapse:
         positions: Positions = "mean",
         device: str | torch.device | None = None,
     ) -> None:
-        if n_classes < 2 or dim < 1:
-            raise InputError(
-                expected="at least 2 classes and 1 feature", got=f"n_classes={n_classes}, dim={dim}", do="correct them"
-            )
+        n_classes, dim = check_whole("n_classes", n_classes, 2), check_whole("dim", dim)
         check_weighting(weighting)
         check_word("keep", keep, ("sums", "features"))
         check_word("positions", positions, ("mean", "flatten"))
@@ -90,7 +88,7 @@ class NeuralCollapse:
         self.weighting: Weighting = weighting
         self.keep: Keep = keep
         self.positions: Positions = positions
-        self.device = None if device is None else torch.device(device)
+        self.device = check_device("device", device)
         self.reset()
 
     def reset(self) -> None:
@@ -164,6 +162,7 @@ class NeuralCollapse:
         Raises:
             InputError: when it counts other classes or features.
         """
+        check_instance("other", other, NeuralCollapse, "another NeuralCollapse of the same layer")
         mine = (self.n_classes, self.dim, self.weighting, self.keep)
         theirs = (other.n_classes, other.dim, other.weighting, other.keep)
         if mine != theirs:
@@ -188,7 +187,7 @@ class NeuralCollapse:
 
     def recentre(self, shift: Float[Tensor, "classes dim"]) -> Self:
         """Express the sums about other points; the metrics stay. Shards about the same points add up plainly."""
-        shift = to_double(shift).to(self.shift)
+        shift = to_double(check_tensor("shift", shift)).to(self.shift)
         if shift.shape != self.shift.shape:
             raise InputError(
                 expected=f"points ({self.n_classes}, {self.dim})", got=str(tuple(shift.shape)), do="one a class"
@@ -300,6 +299,7 @@ class NeuralCollapse:
         return self.device
 
     def _shaped(self, features: Tensor) -> Tensor:
+        check_tensor("features", features, finite=False)
         features = to_features(features, self.positions) if features.dim() > 2 else features.detach()
         if features.dim() != 2 or features.shape[1] != self.dim:
             raise InputError(
@@ -310,7 +310,7 @@ class NeuralCollapse:
         return features
 
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self._shaped(features)
+        features, labels = self._shaped(features), check_class_labels("labels", labels, self.n_classes)
         if labels.shape != features.shape[:1]:
             raise InputError(
                 expected=f"{len(features)} labels, one a sample", got=f"shape {tuple(labels.shape)}", do="pass them all"
@@ -319,4 +319,4 @@ class NeuralCollapse:
             raise InputError(
                 expected="finite features", got="infinite ones or NaN", do="look at the training: it diverged"
             )
-        return features, class_labels(labels, self.n_classes).to(features.device)
+        return features, labels.to(features.device)

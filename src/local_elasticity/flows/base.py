@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from local_elasticity.base.checks import as_numbers, check_real
 from local_elasticity.errors import InputError
 
 Array = Float[np.ndarray, "..."]
@@ -105,10 +106,7 @@ class Flow(ABC):
 
     def _moved(self, t: Any, x: Any, x_prime: Any, label: Any, lr: float | None) -> tuple[Movements, tuple[int, ...]]:
         times = checked_times(t)
-        if lr is not None and not (np.isfinite(lr) and lr > 0):
-            raise InputError(
-                expected="lr > 0, or None for the small-step limit", got=repr(lr), do="pass a positive step"
-            )
+        lr = check_real("lr", lr, 0.0, above=True, or_none=True)
         x, x_prime = (checked_array(name, v, self.dim) for name, v in (("x", x), ("x_prime", x_prime)))
         label = None if label is None else checked_array("label", label)
         try:
@@ -152,7 +150,7 @@ def needed(label: Array | None, what: str) -> Array:
 
 def checked_times(t: Any) -> Float[np.ndarray, " T"]:
     """Times as a vector: finite, at least 0, strictly increasing."""
-    times = np.asarray(t, dtype=np.float64)
+    times = as_numbers("t", t)
     if times.ndim > 1 or times.size == 0:
         raise InputError(expected="a time or a vector of times", got=f"shape {times.shape}", do="pass times (T,)")
     times = np.atleast_1d(times)
@@ -170,12 +168,7 @@ def checked_times(t: Any) -> Float[np.ndarray, " T"]:
 
 def checked_array(name: str, value: Any, last: int | None = None, ndim: int | None = None) -> Array:
     """A finite float64 array, of a given size along its last dimension."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(expected=f"{name} as numbers", got=type(value).__name__, do="pass an array") from None
+    array = as_numbers(name, value)
     if ndim is not None and array.ndim != ndim:
         raise InputError(
             expected=f"{name} with {ndim} dimensions", got=f"shape {array.shape}", do="see the docstring for shapes"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_whole
 from local_elasticity.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, checked_times, needed
 from local_elasticity.flows.implicit import magnitude
@@ -35,9 +36,7 @@ class DiagonalFlow(Flow):
     """
 
     def __init__(self, depth: int, scale: Any, target: Any, w0: Any) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, int | float | np.number) or depth < 1 or depth % 1:
-            raise InputError(expected="a whole depth d >= 1", got=repr(depth), do="use 1 for a linear predictor")
-        self.depth = int(depth)
+        self.depth = check_whole("depth", depth)
         self.scale = checked_array("scale", scale, ndim=1)
         self.dim = len(self.scale)
         if (self.scale <= 0).any():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice
+from local_elasticity.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, checked_times, integrate
 
 Kind = Literal["population", "glmtron"]
@@ -35,11 +36,7 @@ class ReLUGateFlow(Flow):
     """
 
     def __init__(self, w0: Any, w_star: Any, kind: Kind = "population") -> None:
-        if kind not in get_args(Kind):
-            raise InputError(
-                expected=f"kind in {list(get_args(Kind))}", got=repr(kind), do=nearest(str(kind), get_args(Kind))
-            )
-        self.kind: Kind = kind
+        self.kind: Kind = check_choice("kind", kind, Kind)
         self.target = checked_array("w_star", w_star, ndim=1)
         self.dim = len(self.target)
         self.start = checked_array("w0", w0, self.dim)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_rate
 from local_elasticity.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, needed
 from local_elasticity.flows.quadratic import QuadraticFlow
@@ -100,6 +101,4 @@ class LinearRegressionFlow(RidgeFlow):
 
 def checked_penalty(penalty: float) -> float:
     """A finite penalty of at least 0."""
-    if not (isinstance(penalty, int | float | np.number) and np.isfinite(penalty) and penalty >= 0):
-        raise InputError(expected="a penalty of at least 0", got=repr(penalty), do="pass 0 for none")
-    return float(penalty)
+    return check_rate("penalty", penalty)

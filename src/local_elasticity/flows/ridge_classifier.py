@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_flag, check_real
 from local_elasticity.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, needed
 from local_elasticity.flows.linear import checked_penalty
@@ -60,9 +61,10 @@ class RidgeClassifierFlow(Flow):
                 got=f"none of class {int(counts.argmin())}",
                 do="relabel the classes without gaps",
             )
-        if not (np.isfinite(theta) and theta != 0):
+        if check_real("theta", theta) == 0:
             raise InputError(expected="theta other than 0", got=repr(theta), do="use theta=1.0 for plain gradient flow")
-        self.penalty, self.theta, self.published = checked_penalty(penalty), float(theta), bool(published)
+        self.penalty, self.theta = checked_penalty(penalty), float(theta)
+        self.published = check_flag("published", published)
         self.rho = self.n_samples * self.penalty / self.n_classes
         shape = (self.n_classes, self.dim)
         self.start = self._checked_start(np.zeros(shape) if w0 is None else w0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice
+from local_elasticity.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, checked_times, integrate
 
 Activation = Literal["relu", "linear"]
@@ -47,13 +48,7 @@ class TwoLayerNTK(Flow):
         X: Any = None,
         y: Any = None,
     ) -> None:
-        if activation not in get_args(Activation):
-            raise InputError(
-                expected=f"activation in {list(get_args(Activation))}",
-                got=repr(activation),
-                do=nearest(str(activation), get_args(Activation)),
-            )
-        self.activation: Activation = activation
+        self.activation: Activation = check_choice("activation", activation, Activation)
         w = checked_array("hidden", hidden)
         if w.ndim < 2:
             raise InputError(expected="hidden of shape (..., m, p)", got=f"shape {w.shape}", do="pass the matrix W")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import as_numbers, check_seed, check_whole, check_whole_list
 from local_elasticity.errors import IdentifiabilityWarning, InputError
 from local_elasticity.lesde.model import LESDE
-from local_elasticity.lesde.observations import Observations, array
+from local_elasticity.lesde.observations import Observations
 
 if TYPE_CHECKING:
     from local_elasticity.lesde.estimate import Fit
@@ -123,7 +124,10 @@ def compare(
             do="interpolate them to fit.t",
         )
     K, p = observed.shape[1:]
-    if not (0 <= coordinate[0] < K and 0 <= coordinate[1] < p):
+    check_whole("n", n, or_none=True)
+    check_whole("last", last, or_none=True)
+    coordinate = check_whole_list("coordinate", coordinate)
+    if len(coordinate) != 2 or not (0 <= coordinate[0] < K and 0 <= coordinate[1] < p):
         raise InputError(expected=f"a class below {K} and a coordinate below {p}", got=f"{coordinate}", do="choose one")
     predicted = np.asarray(sde.mean(t))
     band, widths = _bands(sde, t, observed.shape, error, sd, n)
@@ -140,7 +144,7 @@ def _bands(
     sde: LESDE, t: np.ndarray, shape: tuple[int, ...], error: Path | None, sd: Any, n: int | None
 ) -> tuple[str, Path]:
     if sd is not None:
-        given = array(sd).astype(np.float64)
+        given = as_numbers("sd", sd)
         if given.shape != shape or not (given >= 0).all():
             raise InputError(
                 expected=f"sd of shape {shape}, at least 0", got=f"shape {given.shape}", do="pass standard deviations"
@@ -191,6 +195,7 @@ def held_out(fit: Fit, folds: int = 5, seed: int = 0) -> dict[str, HeldOut]:
     Raises:
         InputError: for more folds than trials, or fewer than 2.
     """
+    folds, seed = check_whole("folds", folds, 2), check_seed("seed", seed)
     data = fit.observations
     if data.n_trials >= 4:
         if not 2 <= folds <= data.n_trials // 2:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import check_instance, check_text, check_whole, in_words
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.lesde.arrays import to_numpy
 
@@ -59,9 +60,27 @@ DRIFTS: dict[str, Callable[[int, int], Drift]] = {}
 
 
 def register(name: str) -> Callable[[Callable[[int, int], Drift]], Callable[[int, int], Drift]]:
-    """Make a drift known by ``name``."""
+    """Make a drift known by ``name``.
+
+    Args:
+        name: what it is asked for by; one that there is already is refused.
+
+    Returns:
+        A decorator that registers the function and hands it back unchanged.
+
+    Raises:
+        InputError: for what is no name, or one that is taken.
+    """
+    if check_text("name", name) in DRIFTS:
+        raise InputError(expected="a new name", got=f"the drift {name!r}, which is there", do="choose another name")
 
     def note(build: Callable[[int, int], Drift]) -> Callable[[int, int], Drift]:
+        if not callable(build):
+            raise InputError(
+                expected="a function (n_classes, n_features) -> Drift",
+                got=in_words(build),
+                do="decorate such a function",
+            )
         DRIFTS[name] = build
         return build
 
@@ -79,7 +98,8 @@ def as_drift(drift: Any, n_classes: int, n_features: int) -> Drift:
     if isinstance(drift, str):
         if drift not in DRIFTS:
             raise InputError(expected="a drift", got=repr(drift), do=nearest(drift, DRIFTS))
-        return DRIFTS[drift](n_classes, n_features)
+        made = DRIFTS[drift](n_classes, n_features)
+        return check_instance(f"what the drift {drift!r} makes", made, Drift, "Drift(name, blocks)")
     blocks = to_numpy(drift, "drift").astype(np.float64)
     wanted = (n_classes, n_classes, n_features, n_features)
     if blocks.shape != wanted:
@@ -108,7 +128,18 @@ def isotropic(n_classes: int, n_features: int) -> Drift:
 
 
 def simplex(n_classes: int) -> Float[np.ndarray, "k k"]:
-    """The unit vectors u_l = (e_l - 1/K) / ‖e_l - 1/K‖, one a row: a simplex equiangular tight frame."""
+    """The unit vectors u_l = (e_l - 1/K) / ‖e_l - 1/K‖, one a row: a simplex equiangular tight frame.
+
+    Args:
+        n_classes: K, at least 2.
+
+    Returns:
+        (K, K).
+
+    Raises:
+        InputError: for another K.
+    """
+    n_classes = check_whole("n_classes", n_classes, 2)
     return (np.eye(n_classes) - 1 / n_classes) / np.sqrt(1 - 1 / n_classes)
 
 

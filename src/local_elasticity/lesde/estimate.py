@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import (
+    as_numbers,
+    check_choice,
+    check_fraction,
+    check_real,
+    check_seed,
+    check_whole,
+)
 from local_elasticity.errors import IdentifiabilityWarning, InputError
 from local_elasticity.lesde import published
 from local_elasticity.lesde.comparison import Comparison, HeldOut, compare, held_out
 from local_elasticity.lesde.estimators import Estimator, get_estimator
 from local_elasticity.lesde.model import LESDE
-from local_elasticity.lesde.observations import Missing, Observations, array, observe
+from local_elasticity.lesde.observations import Missing, Observations, observe
 from local_elasticity.lesde.resampling import percentiles
 from local_elasticity.lesde.smoothing import LocalQuadratic, check_window, choose_window
 from local_elasticity.lesde.tail import TailExponent, TailMethod, reading, tail_exponent
@@ -143,6 +151,7 @@ class Fit:
         Raises:
             InputError: when the stretch is not inside the times.
         """
+        start, stop = check_real("start", start), check_real("stop", stop)
         if not self.t[0] <= start < stop <= self.t[-1] or quantity not in ("alpha", "beta", "gap"):
             raise InputError(
                 expected=f"alpha, beta or gap, and {self.t[0]:g} <= start < stop <= {self.t[-1]:g}",
@@ -257,7 +266,7 @@ class Fit:
             rates: as in ``to_sde``.
             options: ``sd``, ``n``, ``coordinate``, ``last``, as ``comparison.compare`` takes them.
         """
-        values = self.class_means if observed is None else array(observed).astype(np.float64)
+        values = self.class_means if observed is None else as_numbers("observed", observed)
         error = self.observations.standard_error() if observed is None else None
         return compare(self.to_sde(rates=rates), self.t, values, self.observations, error, **options)
 
@@ -328,15 +337,14 @@ def estimate(
     Raises:
         InputError: for shapes that do not fit, NaN in the log, times that do not increase, or K = 1.
     """
+    check_choice("model", model, Model)
+    check_choice("estimator", estimator, Kind)
+    n_boot, seed = check_whole("n_boot", n_boot, 0), check_seed("seed", seed)
+    confidence = check_fraction("confidence", confidence)
+    check_whole("baseline_window", baseline_window, or_none=True)
     data = observe(class_means, t, logits=logits, labels=labels, trial=trial, missing=missing)
     K, T = data.n_classes, len(data.t)
     rule = get_estimator(model, estimator, K, data.class_means.shape[2])
-    if n_boot != int(n_boot) or n_boot < 0 or not 0 < confidence < 1:
-        raise InputError(
-            expected="n_boot of at least 0 and 0 < confidence < 1",
-            got=f"n_boot={n_boot}, confidence={confidence}",
-            do="use the defaults n_boot=200, confidence=0.95",
-        )
     width = _given_window(window, T)
     no_interval = _no_interval(data, n_boot)
     features = rule.of_cells(data.class_means)
@@ -677,7 +685,7 @@ def _within_variance(data: Observations, given: Any) -> Float[np.ndarray, "T K"]
     shape = data.class_means.shape[:2]
     if given is None:
         return data.within_variance()
-    variance = array(given).astype(np.float64)
+    variance = as_numbers("within_variance", given)
     if variance.shape == shape[:1]:
         variance = np.broadcast_to(variance[:, None], shape)
     if variance.shape != shape or not np.isfinite(variance).all() or (variance < 0).any():

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from local_elasticity.base.checks import in_words, plain_array
 from local_elasticity.errors import InputError
 
 Missing = Literal["raise", "interpolate"]
@@ -194,8 +195,15 @@ def observe(
 
 
 def array(x: Any) -> np.ndarray:
-    """An array of a tensor, on any device, or of anything array-like."""
-    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x)
+    """An array of a tensor, on any device, or of anything array-like.
+
+    Raises:
+        InputError: for what is none: ragged lists, sets, dicts, generators.
+    """
+    found = plain_array(x)
+    if found is None:
+        raise InputError(expected="an array", got=in_words(x), do="pass an array, a tensor, or lists of equal length")
+    return found
 
 
 def _numbers(x: Any, name: str) -> np.ndarray:

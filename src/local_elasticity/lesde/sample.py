@@ -338,6 +338,26 @@ def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
 # --- Euler–Maruyama ----------------------------------------------------------------------------------------------
 
 
+def _velocity_at(velocity: Velocity, t: float, means: Tensor) -> Tensor:
+    try:
+        move = velocity(t, means)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            expected="velocity(t, means) that can be called",
+            got=f"{type(error).__name__} at t = {t:g} for means {tuple(means.shape)}",
+            do="make it work by itself for a float and a tensor (paths, K, p)",
+        ) from error
+    if not isinstance(move, Tensor) or move.shape != means.shape:
+        raise InputError(
+            expected=f"velocity(t, means) that returns a tensor of shape {tuple(means.shape)}, like the means",
+            got=in_words(move),
+            do="return the drift of every class mean",
+        )
+    return move
+
+
 def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity | None) -> Iterator[Any]:
     """X += h M(t) Xbar + sqrt(h) Sigma^(1/2) xi, with steps of at most ``step`` that hit the save points."""
     begins = np.append(sde.start, request.t[:-1])
@@ -359,7 +379,7 @@ def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity
             if velocity is None:
                 move = x @ (alpha[j] * own_part + beta[j] * other_part).T
             else:
-                move = velocity(float(times[j]), x.view(-1, k, p)).flatten(1)
+                move = _velocity_at(velocity, float(times[j]), x.view(-1, k, p)).flatten(1)
             x = x + lengths[at] * move
             if variance[j] > 0:
                 x = x + request.normal(x.shape[0], k * p) @ spread.T * float(np.sqrt(lengths[at] * variance[j]))

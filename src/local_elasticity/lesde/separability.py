@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from local_elasticity.base.checks import (
+    check_array,
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_seed,
+    check_whole,
+)
 from local_elasticity.errors import InputError
 from local_elasticity.impact.progress import Progress
 from local_elasticity.lesde import exact
@@ -166,9 +174,20 @@ def cover_probability(n_per_class: int, n_features: int) -> float:
     C(2n, p) = 2^(1-2n) sum_{j<=p} binom(2n-1, j); it is 1 for 2n <= p + 1 and exponentially small in n for n > p.
     With exactly n labels of each kind, as in two clouds of n samples, fewer labellings are separable: this is an upper
     bound there (for p = 1 the chance is 2 / binom(2n, n)), and both tend to 0 alike.
+
+    Args:
+        n_per_class: n.
+        n_features: p.
+
+    Returns:
+        The probability.
+
+    Raises:
+        InputError: for what are no whole numbers of at least 1.
     """
     from scipy.stats import binom
 
+    n_per_class, n_features = check_whole("n_per_class", n_per_class), check_whole("n_features", n_features)
     return float(binom.cdf(n_features, 2 * n_per_class - 1, 0.5))
 
 
@@ -225,8 +244,12 @@ def separability(
 ) -> Separability:
     """Probability of separability at each time; see `LESDE.separability`."""
     times, _ = sde._times(t)
+    n_per_class, n_paths = check_whole("n_per_class", n_per_class), check_whole("n_paths", n_paths)
+    check_choice("gamma", gamma, Gamma)
+    confidence = check_fraction("confidence", confidence)
+    check_flag("progress", progress)
     says = theory(sde, times, n_per_class, gamma)
-    generator = np.random.default_rng(seed)
+    generator = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(check_seed("seed", seed))
     k = sde.n_classes
     pairs = list(itertools.combinations(range(k), 2))
     shares = np.full((times.size, k, k), np.nan)
@@ -415,6 +438,13 @@ class PhaseDiagram:
         return phase_figure(self, **options)
 
 
+def _grid(name: str, values: Any) -> Times:
+    grid = np.atleast_1d(check_array(name, values))
+    if grid.ndim != 1:
+        raise InputError(expected=f"{name}: a list of numbers", got=f"shape {grid.shape}", do="pass one dimension")
+    return grid
+
+
 def phase_diagram(
     exponents: Any,
     scales: Any,
@@ -443,10 +473,20 @@ def phase_diagram(
         n_paths: paths a cell.
         seed: one generator runs through the whole diagram.
         progress: show a bar.
+
+    Returns:
+        The diagram.
+
+    Raises:
+        InputError: for grids, counts or a model that are none.
     """
     from local_elasticity.lesde.model import LESDE
 
-    r, c, times = (np.atleast_1d(to_numpy(x, "grid").astype(np.float64)) for x in (exponents, scales, t))
+    n_classes = check_whole("n_classes", n_classes, 2)
+    n_per_class, n_paths = check_whole("n_per_class", n_per_class), check_whole("n_paths", n_paths)
+    check_flag("progress", progress)
+    seed = check_seed("seed", seed)
+    r, c, times = (_grid(name, x) for name, x in (("exponents", exponents), ("scales", scales), ("t", t)))
     start = np.eye(n_classes) if initial is None else initial
     generator = np.random.default_rng(seed)
     cells = np.empty((4, r.size, c.size, times.size))

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.base.checks import (
+    check_instance,
+    check_place,
+    check_real,
+    check_text,
+    check_whole,
+    in_words,
+    make_folder,
+)
 from local_elasticity.errors import InputError
 from local_elasticity.report.reading import (
     READABLE_CLASSES,
@@ -69,6 +78,7 @@ def class_pair_curves(
     Raises:
         InputError: for an unknown name, or for more than 12 classes.
     """
+    check_real("width", width, 1.0)
     reading = read(run)
     chosen, shown = reading.select(definition, update), _shown(reading, classes)
     statistics = ("mean", "median") if heavy_tailed(chosen) else ("mean",)
@@ -110,6 +120,7 @@ def intra_inter(run: Any, *, definition: str | None = None, update: str | None =
     Raises:
         InputError: for an unknown name.
     """
+    check_real("width", width, 1.0)
     reading = read(run)
     chosen, panels = reading.select(definition, update), reading.panels()
     statistics = ("mean", "median") if heavy_tailed(chosen) else ("mean",)
@@ -160,6 +171,8 @@ def heat_map(
     Raises:
         InputError: for an unknown name or a step that was not measured.
     """
+    check_real("width", width, 1.0, or_none=True)
+    check_whole("step", step, 0, or_none=True)
     reading = read(run)
     at = _step_position(reading, step)
     look = reading.select(definition, update).isel(step=at)
@@ -186,9 +199,19 @@ def save(figure: Figure, folder: str | Path, name: str, dpi: int = 200) -> list[
 
     Returns:
         The two paths.
+
+    Raises:
+        InputError: for what is no figure, no name of a file, no folder, or cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    from matplotlib.figure import Figure as AnyFigure
+
+    check_instance("figure", figure, AnyFigure, "run.plot()")
+    check_real("dpi", dpi, 1.0)
+    if check_text("name", name) != Path(name).name:
+        raise InputError(
+            expected="name: of a file, without a folder", got=in_words(name), do="name the folder in folder="
+        )
+    folder = make_folder("folder", folder)
     png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
     figure.savefig(png, dpi=dpi, metadata={"Software": None})
     figure.savefig(pdf, metadata={"CreationDate": None})
@@ -210,6 +233,7 @@ def write_all(run: Any, folder: str | Path) -> list[Path]:
     Raises:
         InputError: when ``run`` holds no S_rel tables.
     """
+    check_place("folder", folder)
     reading = read(run)
     kinds = [intra_inter, heat_map]
     if len(reading.classes) <= READABLE_CLASSES:

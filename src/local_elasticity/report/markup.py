@@ -12,15 +12,27 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from local_elasticity.base.checks import check_path, in_short, in_words, make_folder
 from local_elasticity.errors import InputError
 
 
 def write_page_text(path: Path, text: str) -> Path:
-    """Put the whole file in place at once, so that a reader never sees half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Put the whole file in place at once, so that a reader never sees half a page.
+
+    Raises:
+        InputError: for a place that is a folder, or where nothing can be written.
+    """
+    make_folder("the folder of the page", path.parent)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        got = "a folder" if path.is_dir() else in_short(error)
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            expected="a file that can be written", got=f"{got}: {in_words(str(path))}", do="choose another path"
+        ) from error
     return path
 
 
@@ -61,7 +73,7 @@ def _embedded(figure: Any) -> str:
         figure.savefig(buffer, format="png", dpi=150)
         name, data = "figure", buffer.getvalue()
     else:
-        path = Path(figure)
+        path = check_path("each of figures", figure)
         if path.suffix.lower() != ".png":
             return ""
         if not path.is_file():

@@ -52,6 +52,13 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
     Raises:
         InputError: when ``run`` holds no S_rel tables, when a PNG is not there, or without plotly.
     """
+    path = check_place("path", path)
+    if figures is not None and (isinstance(figures, str | Path) or not isinstance(figures, Iterable)):
+        raise InputError(
+            expected="figures: a list of figures or of paths of PNG files",
+            got=in_words(figures),
+            do="write figures=[...]",
+        )
     whole = read(run)
     reading = _thinned(whole)
     general = _general_notes(reading, len(whole.steps))
@@ -70,7 +77,7 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
         script=read_part("page.js"),
         plotly=_plotly(),
     )
-    return write_page_text(Path(path), page)
+    return write_page_text(path, page)
 
 
 def _plotly() -> str:

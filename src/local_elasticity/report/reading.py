@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from local_elasticity.base.checks import in_words
 from local_elasticity.errors import InputError, nearest
 
 CELL_DIMS = ("step", "update", "definition", "source_class", "target_class")
@@ -177,9 +178,9 @@ def position(kind: str, name: str | None, names: Sequence[str]) -> int:
     """
     if name is None:
         return 0
-    if str(name) not in names:
-        raise InputError(expected=f"a {kind} of this run", got=repr(name), do=nearest(str(name), names))
-    return names.index(str(name))
+    if not isinstance(name, str) or name not in names:
+        raise InputError(expected=f"a {kind} of this run", got=in_words(name), do=nearest(str(name), names))
+    return names.index(name)
 
 
 def band_of(data: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
