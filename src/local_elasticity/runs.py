@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_path
 from local_elasticity.base.locks import StoreLock, lock_name
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import s_rel_of
@@ -178,6 +179,7 @@ def open_run(path: str | Path) -> Run:
     """
     import xarray as xr
 
+    path = check_path("path", path)
     place = locate(path)
     if place is None:
         what = "nothing" if not Path(path).exists() else "something that is not a run"

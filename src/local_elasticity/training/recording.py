@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from local_elasticity.base.checks import check_path
 from local_elasticity.base.locks import StoreLock, lock_name
 from local_elasticity.errors import InputError
 from local_elasticity.runs import git_revision, quiet, versions
@@ -196,7 +197,7 @@ def open_ensemble(path: str | Path) -> xr.Dataset:
     """
     import xarray as xr
 
-    folder = Path(path)
+    folder = check_path("path", path)
     if not is_ensemble(folder):
         what = "something else" if folder.exists() else "nothing"
         raise InputError(
