@@ -102,11 +102,12 @@ LOSSES = (
 )  # fmt: skip
 PAIRS = (
     None, X, "digits", {"x": X, "y": Y}, (X,), (X, Y, Y), (X, None), (X.numpy(), Y), (X, Y.tolist()), (X, Y[:5]),
-    (X, Y + 1), (X, -Y), (X, Y.double()), (X[:0], Y[:0]), (X * NAN, Y), (Y, X), (X.tolist(), Y), generator(), {1, 2},
+    (X, Y + 1), (X, -Y), (X, Y.double()), (X[:0], Y[:0]), (X * NAN, Y), (Y, X), (X.tolist(), Y), {1, 2},
     (X, np.array(list("abc"))[Y.numpy()]), (X[0], Y[0]), (X.double(), Y), (X[:, :2], Y), (X.long(), Y), 3, (X, "labels"),
     (torch.empty(12, 4, device="meta"), Y), (X.to_sparse(), Y), list(zip(X, Y, strict=True)),
-    torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y)), iter([X, Y]),
+    torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y)),
 )  # fmt: skip
+ITERATED = (generator(), iter([X, Y]))  # of two things, a pair may come from anywhere
 INPUTS = ("x", X.numpy(), X.tolist(), {"x": X}, X[:0], X * INF, X[:, :2], X.double(), torch.tensor(1.0), [X, X], 3, Y)
 UPDATES = (None, "sgd:0.1", 0.1, le.SGD, torch.optim.SGD(NET.parameters(), lr=0.1), {"probe": "sgd"}, [SGD])
 COUNTS = (0, -1, 1.5, "3", True, NAN, [2])
@@ -148,9 +149,9 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (
         "measure", le.measure, MEASURE,
         {
-            "model": WRONG_MODELS, "loss_fn": LOSSES, "sources": PAIRS, "update": UPDATES, "targets": INPUTS,
+            "model": WRONG_MODELS, "loss_fn": LOSSES, "sources": (*PAIRS, *ITERATED), "update": UPDATES, "targets": INPUTS,
             "engine": ("rpelay", None, 1), "outputs": ("logit", None, 3), "mode": MODES, "chunk_size": COUNTS,
-            "target_chunk_size": COUNTS, "route": ("vamp", "contract", 3), "dtype": DTYPES, "max_memory": BYTES,
+            "target_chunk_size": COUNTS, "route": ("vamp", True, 3), "dtype": DTYPES, "max_memory": BYTES,
             "check_pairs": (-1, 1.5, "8", None, True), "progress": FLAGS,
         },
     ),
@@ -202,7 +203,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
         "s_ker", le.s_ker, {"model": NET_OF_ONE, "xs": X},
         {
             "form": ("limits", None, "published"), "symmetrise": FLAGS, "normalise": FLAGS, "loss": ("mse2", F.mse_loss),
-            "labels": ("abc", Y.tolist(), Y[:3]), "outputs": ("logit", None), "output": (3, "x"), "xt": INPUTS[:4],
+            "outputs": ("logit", None), "output": (3, "x"), "xt": INPUTS[:4],
         },
     ),
     (
@@ -243,7 +244,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
         "by_class", le.by_class, {"s": S, "ys": Y, "yt": Y},
         {
             "s": (*ARRAYS, S[0], S[:3], IMPACT), "ys": (*LABELS, Y[:3]), "yt": (*LABELS, Y[:3], torch.zeros(12).long()),
-            "class_names": (("a",), 3, "abc", {1, 2, 3}, (1, 2, 3)), "exclude_self": FLAGS, "n_boot": (-1, 1.5, "x", None),
+            "class_names": (("a",), 3, "abc", {1, 2, 3}, ("a", "a", "b"), (1.5, 2, 3)), "exclude_self": FLAGS, "n_boot": (-1, 1.5, "x", None),
             "confidence": FRACTIONS, "seed": SEEDS, "denominators": (*ARRAYS[1:], X, [1.0]),
         },
     ),
@@ -261,7 +262,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
             "store": (3, b"run", "", "a\0b", ["run"], "n" * 300, "file.txt/run.zarr", "other.zarr"),
             "resume": ("yes", -1, 1.5, None, True, 3), "keep": ("output", 3, True, ["outputs"]), "mode": MODES,
             "outputs": ("logit", None, 3), "exclude_self": FLAGS,
-            "class_names": (("a",), 3, {1, 2, 3}, "abc", (1, 2, 3), ("a", "a", "b"), {"a": 0, "b": 1, "c": 2}),
+            "class_names": (("a",), 3, {1, 2, 3}, "abc", (None, 2, 3), ("a", "a", "b"), {"a": 0, "b": 1, "c": 2}),
             "route": ("vamp", 3, "contract", True), "chunk_size": COUNTS, "check_pairs": (-1, 1.5, "x", None, True),
             "collapse_layers": (("fc9",), 3, None, "fc9", {"weight"}, ("outputs", "outputs"), [None]),
             "configuration": (3, "x", [1], {1: 2}), "seed": SEEDS,
@@ -286,7 +287,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
             "make_model": (None, nn.Linear, NET, "mlp", lambda: None, lambda: NET, lambda n: nn.Linear(4, 3), 3,
                            lambda: nn.ReLU(), lambda: nn.LazyLinear(3), awaited, lambda: nn.Linear(5, 3),
                            lambda: nn.Linear, lambda: 1 / 0, lambda: Pair(4, 3), Wrong),
-            "data": (*PAIRS[:21], (X[:, :2], Y), (X, Y[:, None])),
+            "data": (*(p for i, p in enumerate(PAIRS[:20]) if i not in (7, 8, 16)), (X[:, :2], Y), (X, Y[:, None])),
             "loss_fn": LOSSES[:12], "lr": (-1, NAN, INF, "0.1", None, True, [0.1], torch.tensor(0.1)),
             "steps": (*COUNTS, None), "replicas": (0, -1, 1.5, "3", True, None, [], [1, 1], [-1], [0.5], {"a": 1}, NAN),
             "seed": SEEDS, "batch_size": (*COUNTS, None, 13), "optimizer": ("sdg", None, torch.optim.SGD, 3),
@@ -328,7 +329,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (
         "LESDE", le.LESDE, LESDES,
         {
-            "alpha": (None, "0.1", NAN, [0.1, 0.2], ([0, 1], [1]), {1: 2}, True, lambda: 0, lambda t: "x", awaited),
+            "alpha": (None, "0.1", NAN, [0.1, 0.2], ([0, 1], [1]), {1: 2}, lambda: 0, lambda t: "x", awaited),
             "beta": (None, "x", ([0, 0], [1, 1]), ([], []), (1, 2, 3), lambda t: 1 / 0),
             "n_classes": (1, 2, 3.5, "3", True, None, NAN), "drift": ("logit", None, 3, np.eye(3), {"a": 1}),
             "sigma": (None, -1, "x", NAN, [1, 2], {"a": 1}, lambda t: -1.0),
@@ -417,7 +418,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
         },
     ),
     (
-        "Flow.s_rel", RIDGE.s_rel, {"t": T, "x": X, "x_prime": X},
+        "Flow.s_rel", RIDGE.s_rel, {"t": T, "x": X, "x_prime": X, "label": Y},
         {
             "t": (*TIMES, [1, 1]), "x": (*ARRAYS, X[:, :2], X[:5]), "x_prime": ("x", X[:, :2]), "label": ("x", T),
             "lr": (0, -1, NAN, "x", [1]),
@@ -443,7 +444,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     (
         "RidgeClassifierFlow", flows.RidgeClassifierFlow, {"features": X.numpy(), "labels": Y.numpy(), "penalty": 0.1},
         {
-            "features": (*ARRAYS, X[0]), "labels": (*LABELS, Y[:3]), "penalty": (-1, "x", None),
+            "features": (*ARRAYS, X[0]), "labels": ("abc", Y.double() + 0.5, Y[:3], -Y.numpy(), np.eye(3)[Y], {1, 2}, None, 3), "penalty": (-1, "x", None),
             "theta": (0, NAN, "x", None), "w0": ("x", np.zeros(3)), "published": FLAGS,
         },
     ),
@@ -520,7 +521,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
         {
             "name": ("mpl", None, 3, "", "mlp:depht=3", "mlp:width=0", "mlp:width=x", "mlp:width", "no.module:net", "x.py:f",
                      "simple-conv", "torch.nn:nothing", "mlp:width=3,width=4", ["mlp"], "torch.nn:Linear", "math:cos",
-                     "broken.py:make", "failing.py:make", ":", "mlp:"),
+                     "broken.py:make", "failing.py:make", ":"),
             "n_classes": (0, -1, 1.5, "3", True, None), "example_shape": (None, 4, "4", (0,), (-1,), (1.5,), (), ("a",)),
         },
     ),
@@ -555,61 +556,9 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
         "figure": (None, "x"), "folder": (3, None, "file.txt"), "name": (3, None, "", "a/b"), "dpi": (0, -1, "x", None),
     }),
 ]  # fmt: skip
-# Functions whose every row is refused in our words; checks of the others are still being written.
-CHECKED = frozenset(
-    {
-        "DiagonalFlow",
-        "Fit.draws",
-        "Fit.tail",
-        "Fit.to_sde",
-        "LESDE.collapse",
-        "LESDE.covariance",
-        "LESDE.impact_matrix",
-        "LESDE.mean",
-        "LESDE.sample",
-        "LESDE.sample discrete",
-        "LESDE.with_label_noise",
-        "LESDE.within_variance",
-        "MLP",
-        "ReLUGateFlow",
-        "RidgeFlow",
-        "Run.phases",
-        "Run.plot",
-        "Run.s_rel",
-        "SoftmaxLayerFlow",
-        "Tracker.step",
-        "Training",
-        "TwoLayerNTK",
-        "at",
-        "budget",
-        "by_class with ids",
-        "define",
-        "define decorator",
-        "estimate of logits",
-        "every",
-        "find_phases",
-        "get_definition",
-        "gradient_gram",
-        "impact_matrix",
-        "log_spaced",
-        "measure_across_ranks",
-        "movements",
-        "open_ensemble",
-        "open_run",
-        "resnet18_groupnorm",
-        "resnet18_plain",
-        "ripple",
-        "s_ker published",
-        "s_rel",
-        "s_rel_of",
-        "schedule union",
-        "separable",
-    }
-)
 CALLS = [
     pytest.param(call, {**right, name: wrong}, id=f"{words}-{name}-{i}")
     for words, call, right, wrongs in TABLE
-    if words in CHECKED
     for name, values in wrongs.items()
     for i, wrong in enumerate(values)
 ]
@@ -646,7 +595,7 @@ def test_wrong_calls_are_refused_in_our_words(call, arguments):
     assert_ours(error.value)
 
 
-RIGHT = [e for e in TABLE if e[0] in CHECKED and e[0] not in ("Run.phases", "open_run", "open_ensemble")]
+RIGHT = [e for e in TABLE if e[0] not in ("Run.phases", "open_run", "open_ensemble")]
 
 
 @pytest.mark.parametrize(("call", "arguments"), [pytest.param(*entry[1:3], id=entry[0]) for entry in RIGHT])
@@ -658,4 +607,4 @@ def test_the_right_calls_are_accepted(call, arguments, tmp_path, monkeypatch):
 
 
 def test_there_are_many():
-    assert len(CALLS) >= 700
+    assert len(CALLS) >= 1000

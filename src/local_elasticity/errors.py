@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
+MOST_LISTED, FEW_LISTED = 40, 10  # names in an error
+
+
 class InputError(ValueError):
     """Bad input, refused early.
 
@@ -29,10 +32,13 @@ class IdentifiabilityWarning(UserWarning):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Say which of ``names`` comes nearest to ``name``, and list them all."""
+    """Say which of ``names`` comes nearest to ``name``, and list them all; of very many, the nearest ones."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if len(names) > MOST_LISTED:
+        some = difflib.get_close_matches(name, names, n=FEW_LISTED, cutoff=0.0)
+        return f"{hint}known: {', '.join(some)} and {len(names) - len(some)} more"
     return f"{hint}known: {', '.join(names)}"
 
 

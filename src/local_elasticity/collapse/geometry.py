@@ -347,7 +347,7 @@ def classifier(
         InputError: when its shapes do not fit.
     """
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and (name == "weight" or value is not None):
             raise InputError(expected=f"{name}: a torch tensor", got=in_words(value), do=advice_for_tensor(name, value))
     if weight.shape != (k, dim) or (bias is not None and bias.shape != (k,)):
         shapes = f"{tuple(weight.shape)}" + ("" if bias is None else f" and {tuple(bias.shape)}")
