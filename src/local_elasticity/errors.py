@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MOST_LISTED, FEW_LISTED = 40, 10  # names in an error
 
 

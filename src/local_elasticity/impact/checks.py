@@ -52,9 +52,16 @@ def check_sources(sources: tuple[Tensor, Tensor], name: str = "sources") -> tupl
     return _detached(inputs), _detached(labels)
 
 
-def check_targets(targets: Tensor, name: str = "targets") -> Tensor:
-    """The targets' inputs, at least one."""
-    return _detached(check_tensor(name, targets))
+def check_targets(targets: Tensor, name: str = "targets", like: Tensor | None = None) -> Tensor:
+    """The targets' inputs, at least one, each of the shape of one source where that is given."""
+    check_tensor(name, targets)
+    if like is not None and targets.shape[1:] != like.shape[1:]:
+        raise InputError(
+            expected=f"{name}: samples of the sources' shape {tuple(like.shape[1:])}",
+            got=f"samples of shape {tuple(targets.shape[1:])}",
+            do="look at inputs of the kind that the step is taken at",
+        )
+    return _detached(targets)
 
 
 def check_update(update: object) -> None:

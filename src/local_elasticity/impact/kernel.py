@@ -78,6 +78,7 @@ def kernel(
         sources, _, targets = all_converted((sources, sources, targets), kind, only_narrow)
         with told_of_memory(), preserved(model, mode, dtype=kind, only_narrow=only_narrow) as subject:
             contraction = _prepared(subject, sources, max_memory)
+            asked(subject, targets[:1])
             outputs = _chosen_outputs(form, contraction.n_outputs)
             rows = len(outputs) if form == "full" else 1
             own = parameters_dtype(model).itemsize

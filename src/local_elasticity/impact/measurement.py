@@ -142,7 +142,7 @@ def measure(
         check_alone(model, mode)
         checks.check_model(model)
         inputs, labels = checks.check_sources(sources)
-        looked_at = inputs if targets is None else checks.check_targets(targets)
+        looked_at = inputs if targets is None else checks.check_targets(targets, like=inputs)
         kind, only_narrow = measured_in(model, dtype)
         originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inputs, labels, looked_at = all_converted((inputs, labels, looked_at), kind, only_narrow)

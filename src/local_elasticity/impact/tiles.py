@@ -264,7 +264,9 @@ def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: s
             store = zarr.open_group(str(out), mode="r+")
         except (OSError, ValueError) as error:
             raise InputError(
-                expected="a zarr store, or a path where nothing is", got=f"{out}: {error}", do="choose another out="
+                expected="a zarr store, or a path where nothing is",
+                got=f"something else, {out}",
+                do="choose another out=",
             ) from error
         if store.attrs.get("identity") != identity:
             raise InputError(

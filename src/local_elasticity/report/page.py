@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from local_elasticity.base.checks import check_place, in_words
-from local_elasticity.errors import missing_extra
+from local_elasticity.errors import InputError, missing_extra
 from local_elasticity.report.markup import embedded_figures, plain_words, read_part, template, write_page_text
 from local_elasticity.report.reading import (
     COUNTS,
@@ -53,7 +53,7 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
     Raises:
         InputError: when ``run`` holds no S_rel tables, when a PNG is not there, or without plotly.
     """
-    path = check_place("path", path)
+    place = check_place("path", path)
     if figures is not None and (isinstance(figures, str | Path) or not isinstance(figures, Iterable)):
         raise InputError(
             expected="figures: a list of figures or of paths of PNG files",
@@ -78,7 +78,7 @@ def write_page(run: Any, path: str | Path, figures: Iterable[Any] | None = None)
         script=read_part("page.js"),
         plotly=_plotly(),
     )
-    return write_page_text(path, page)
+    return write_page_text(place, page)
 
 
 def _plotly() -> str:
