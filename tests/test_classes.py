@@ -161,7 +161,7 @@ def test_to_xarray():
     [
         ({"s": similarity(n_s=3)}, "shape"),
         ({"ys": YS.astype(float)}, "integer"),
-        ({"ys": YS - 1}, "at least 0"),
+        ({"ys": YS - 1}, "labels >= 0"),
         ({"ys": np.repeat([0, 2], 6)}, "empty class"),
         ({"yt": np.repeat([0, 2], [5, 6])}, "empty class"),
         ({"class_names": ["a", "b", "c"]}, "label 3"),

@@ -125,7 +125,7 @@ def test_bad_input():
         ({"similarity": "relativ"}, "did you mean 'relative'"),
         ({"clusterer": "dbscan"}, "clusterer: one of"),
         ({"n_clusters": 31}, "n_samples=30"),
-        ({"n_clusters": 0}, "n_clusters=0"),
+        ({"n_clusters": 0}, "write n_clusters=1"),
         ({"normalise": True}, "kernelised"),
         ({"output": 3}, "form 'full'"),
     ]
@@ -134,7 +134,7 @@ def test_bad_input():
             LocalElasticityClustering(model, **settings).fit(x)
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         LocalElasticityClustering("mlp").fit(x)
-    with pytest.raises(InputError, match="method in"):
+    with pytest.raises(InputError, match="method: one of"):
         cluster(np.eye(3), 2, "ward")
     dead = nn.Sequential(nn.Linear(4, 1, bias=False), nn.ReLU())
     with pytest.raises(InputError, match="gradient is zero"):

@@ -174,7 +174,7 @@ def test_bad_input():
     model = smooth()
     with pytest.raises(InputError, match="labels"):
         le.s_ker(model, X, form="published")
-    with pytest.raises(InputError, match="loss in"):
+    with pytest.raises(InputError, match="loss: one of"):
         le.s_ker(model, X, form="published", labels=LABELS, loss="hinge")
     with pytest.raises(InputError, match="Sigmoid"):
         le.s_ker(model, X, form="published", labels=LABELS, loss="bce", outputs="logits")
@@ -182,7 +182,7 @@ def test_bad_input():
         le.s_ker(model, X, Y, symmetrise=True)
     with pytest.raises(InputError, match="one logit"):
         le.s_rel_limit(MLP(4, 3).double(), X, outputs="logits")
-    with pytest.raises(InputError, match="outputs in"):
+    with pytest.raises(InputError, match="outputs: one of"):
         le.s_rel_limit(model, X, outputs="logit")
     looked = le.ripple(MLP(4, 3).double(), nn.CrossEntropyLoss(), (X, LABELS.long()))
     with pytest.raises(InputError, match="one output"):

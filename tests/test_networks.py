@@ -147,7 +147,7 @@ def test_build_reads_settings():
         ("resnet18-plain", (784,), "channels, height, width"),
         ("simple-conv", (1, 28, 32), "square"),
         ("simple-conv", (1, 8, 8), "image_size 32 or 28"),
-        ("", (3, 32, 32), "name of a network"),
+        ("", (3, 32, 32), "name: a text"),
         ("no_such_module:make", (4,), "no module 'no_such_module'"),
         ("math:no_such_function", (4,), "no_such_function"),
         ("math:pi", (4,), "nothing callable"),

@@ -281,7 +281,7 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     ("every", le.every, {"n": 1}, {"n": (*COUNTS, None), "per": ("epochs", 3, True)}),
     ("log_spaced", le.log_spaced, {"n": 3, "total": 10}, {"n": (*COUNTS, None, 11), "total": (*COUNTS, None, 2)}),
     ("at", le.at, {"calls": [1, 2]}, {
-        "calls": (3, None, "12", [-1], [1.5], ["1"], [None], iter([]), [], [True], {"a": 1}, X, [NAN], np.eye(2)),
+        "calls": (3, None, "12", [-1], [1.5], ["1"], [None], iter([]), [True], {"a": 1}, X, [NAN], np.eye(2)),
     }),
     ("budget", le.budget, {"fraction": 0.1}, {"fraction": FRACTIONS}),
     ("schedule union", EVERY.__or__, {"other": EVERY}, {"other": (9, None, "every(9)", [1])}),

@@ -171,7 +171,7 @@ GOOD = {"alpha": 0.5, "beta": -0.1, "n_classes": 3, "drift": "logits", "sigma": 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"n_classes": 1, "initial": np.eye(1)}, "K >= 2"),
+        ({"n_classes": 1, "initial": np.eye(1)}, "n_classes: a whole number >= 2"),
         ({"initial": np.ones((3, 4))}, "p = K = 3"),
         ({"initial": np.ones((2, 3))}, "initial class means"),
         ({"initial": (np.eye(3), -1.0)}, "none negative"),

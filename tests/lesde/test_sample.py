@@ -182,9 +182,9 @@ def test_float32_and_options():
     assert sde.sample(T, 3, 2, 0, dtype="float32").dtype == np.float32
     assert isinstance(sde.sample(T, 3, 2, 0, device="cpu"), torch.Tensor)
     for bad, says in (
-        ({"method": "exactly"}, "a method"),
+        ({"method": "exactly"}, "method: one of"),
         ({"keep": "all"}, "keep"),
-        ({"dtype": "float16"}, "float32 or float64"),
+        ({"dtype": "float16"}, "'float32', 'float64'"),
         ({"method": "discrete", "step": 0.3}, "whole steps"),
         ({"method": "published"}, "every step"),
         ({"out": np.empty(1)}, "neither starts nor out"),

@@ -736,5 +736,5 @@ def advice_for_labels(name: str, array: np.ndarray | None) -> str:
     if array is not None and array.ndim == 2:
         return f"of one-hot rows take {name}.argmax(1)"
     if array is not None and array.dtype.kind in "fb":
-        return f"convert whole numbers with {name}.astype(int), of a tensor {name}.long()"
+        return f"if they are whole, pass {name}.astype(int); of a tensor, {name}.long()"
     return "pass a list, array or tensor of whole numbers, one a sample"

@@ -144,10 +144,11 @@ def check_class_labels(
         array = plain_array(labels)
         is_tensor = isinstance(labels, Tensor)
         is_numbers = not is_tensor and array is not None and array.dtype.kind in "iu" and array.ndim == 1
+        advice = f"pass {name}.long()" if is_tensor and labels.dim() == 1 else advice_for_labels(name, array)
         raise InputError(
             expected=f"{name}: a tensor of integer class labels, one a sample",
             got=in_words(labels),
-            do=f"pass torch.as_tensor({name})" if is_numbers else advice_for_labels(name, array),
+            do=f"pass torch.as_tensor({name})" if is_numbers else advice,
         )
     if labels.dtype == torch.bool:
         raise InputError(expected=f"{name}: labels of dtype int64", got="torch.bool", do=f"pass {name}.long()")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,9 +125,10 @@ def at(calls: Iterable[int]) -> Schedule:
     """Look at exactly these calls, counted from 0 (``run.looked_at`` of an earlier run replays it).
 
     Raises:
-        InputError: for a negative call, no calls, or what are none.
+        InputError: for a negative call, what are none, or an iterator that was read before.
     """
-    return _At(frozenset(check_whole_list("calls", calls, at_least=1)))
+    least = 0 if isinstance(calls, Sized) else 1  # a list without calls is meant so
+    return _At(frozenset(check_whole_list("calls", calls, at_least=least)))
 
 
 def budget(fraction: float) -> Schedule:
