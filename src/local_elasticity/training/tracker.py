@@ -481,9 +481,9 @@ class Tracker:
         if not self.looks:
             self._follow(path, resume)
             return
-        self._store = on_disk = ZarrStore(path)
+        self._store = writer = ZarrStore(path)
         if not path.exists():
-            on_disk.lock()
+            writer.lock()
             return
         if locate(path) is None:
             raise InputError(
@@ -495,7 +495,7 @@ class Tracker:
             raise InputError(
                 expected="a new path", got=f"a run at {path}", do="pass resume=True to continue it, or another path"
             )
-        on_disk.lock()
+        writer.lock()
         self._continue(resume)
 
     def _follow(self, path: Path, resume: bool | int) -> None:
