@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import local_elasticity as le
 from local_elasticity import collapse, flows, lesde, networks, phases, runs, similarity
+from local_elasticity.base.checks import in_words
+from local_elasticity.cli import main
 from local_elasticity.errors import InputError
 from local_elasticity.impact.kernel import kernel_diagonal
 from local_elasticity.impact.tiles import gradient_gram, measure_tiles
@@ -561,10 +563,9 @@ TABLE: list[tuple[str, Any, dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     }),
 ]  # fmt: skip
 CALLS = [
-    pytest.param(call, {**right, name: wrong}, id=f"{words}-{name}-{i}")
+    pytest.param(call, right, name, values, id=f"{words}-{name}")
     for words, call, right, wrongs in TABLE
     for name, values in wrongs.items()
-    for i, wrong in enumerate(values)
 ]
 
 
@@ -577,6 +578,10 @@ def place(tmp_path_factory, monkeypatch):
         (folder / "other.zarr").mkdir()
         for name in ("file.txt", "folder/note.txt", "other.zarr/zarr.json"):
             (folder / name).write_text("something else")
+        (folder / "broken.npz").write_text("no archive")
+        np.savez(folder / "means.npz", class_means=PATH)
+        np.savez(folder / "odd.npz", other=np.zeros(3))
+        np.savez(folder / "objects.npz", class_means=np.array([None, 1], dtype=object), t=np.arange(2))
         (folder / "broken.py").write_text("def make(:\n")
         (folder / "failing.py").write_text("def make(n):\n    raise OSError('no licence')\n")
     monkeypatch.chdir(folder)
@@ -591,12 +596,16 @@ def assert_ours(error: InputError) -> None:
     assert not WORDS_OF_OTHERS.search(str(error)), str(error)
 
 
-@pytest.mark.parametrize(("call", "arguments"), CALLS)
+@pytest.mark.parametrize(("call", "right", "name", "values"), CALLS)
 @pytest.mark.filterwarnings("ignore")
-def test_wrong_calls_are_refused_in_our_words(call, arguments):
-    with pytest.raises(InputError) as error:
-        call(**arguments)
-    assert_ours(error.value)
+def test_wrong_calls_are_refused_in_our_words(call, right, name, values):
+    for value in values:
+        try:
+            call(**{**right, name: value})
+        except InputError as error:
+            assert_ours(error)
+        else:
+            pytest.fail(f"{name}={in_words(value)} was accepted")
 
 
 RIGHT = [e for e in TABLE if e[0] not in ("Run.phases", "open_run", "open_ensemble", "write_all")]
@@ -611,4 +620,74 @@ def test_the_right_calls_are_accepted(call, arguments, tmp_path, monkeypatch):
 
 
 def test_there_are_many():
-    assert len(CALLS) >= 1000
+    assert sum(len(values) for *_, wrongs in TABLE for values in wrongs.values()) >= 2000
+
+
+TRACK, TRAIN = (
+    ("track", "--data", "digits", "--classes", "0", "1"),
+    ("train", "--data", "digits", "--classes", "0", "1"),
+)
+MEASURED, ESTIMATED = ("measure", "--data", "digits", "--classes", "0", "1"), ("estimate", "means.npz")
+RIDGE_STUDY = ("reproduce", "dan2023-ridge")
+# The beginning of a command, and what is wrong about its end.
+COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): (
+        "trcak", "--verzion", "track extra", "report", "report nowhere", "report file.txt", "report folder", "estimate",
+        "estimate nowhere", "estimate file.txt", "estimate folder", "estimate broken.npz", "estimate odd.npz",
+        "estimate objects.npz", "data nosuch", "data digits --size 8.5", "data digits --size x", "data folder", "bench nosuch",
+        "bench snapshot --out folder", "reproduce nosuch", "reproduce all --size epochs=3", "reproduce --from nowhere",
+        "reproduce --from file.txt", "reproduce --from folder",
+    ),
+    TRACK: (
+        "--epochs 0", "--epochs -1", "--epochs 1.5", "--epochs x", "--lr -1", "--lr nan", "--lr x", "--lr inf",
+        "--batch-size 0", "--batch-size x", "--per-class 0", "--probes-per-class 0", "--probes-per-class 10000", "--every 0",
+        "--every 1.5", "--log-spaced 0", "--log-spaced 3 --budget 0.1", "--budget 2", "--budget 0", "--budget nan",
+        "--update sgd", "--update sgd:x", "--update sdg:0.1", "--update sgd:-1", "--update ", "--definition kll",
+        "--collapse fc9", "--keep nothing", "--device gpu", "--device cuda:99", "--seed -1", "--seed 0.5",
+        "--seed 99999999999999999999", "--network mpl", "--network mlp:width=0", "--network nowhere.py:f",
+        "--network broken.py:make", "--optimizer sdg", "--momentum -1", "--momentum x", "--weight-decay -1",
+        "--out file.txt", "--out file.txt/run", "--out folder", "--out " + "n" * 300, "--size 8 8 8", "--exclude-self maybe",
+    ),
+    TRAIN: (
+        "--network mlp --steps 0", "--steps x", "--replicas 0", "--replicas -1", "--network mlp --lr -1", "--lr nan",
+        "--network mlp --batch-size 100000 --out new", "--batch-size 0", "--optimizer sdg", "--momentum -1", "--corruption 2",
+        "--corruption nan", "--per-class 0", "--validate 0", "--probe 0", "--probes-per-class 0", "--threads 0",
+        "--network mlp --collapse-layer fc9 --out newer", "--dtype float16", "--device gpu", "--seed -1", "--out file.txt",
+        "--out folder", "--out file.txt/x", "--weight-decay x",
+    ),
+    MEASURED: (
+        "--checkpoint nowhere", "--checkpoint file.txt", "--checkpoint folder", "--per-class 0", "--per-class 99999",
+        "--split dev", "--update x", "--definition x", "--engine x", "--device gpu", "--seed -1", "--out folder",
+        "--out file.txt/x.json",
+    ),
+    ("simulate",): (
+        "--classes 1", "--classes x", "--features 2", "--features 0", "--drift x", "--alpha x", "--alpha __import__('os')",
+        "--alpha ", "--alpha 1/0", "--beta t**", "--sigma -1", "--sigma x", "--steps 0", "--steps -1",
+        "--samples-per-class 0", "--paths 0", "--save 1", "--separability-paths 0", "--scale nan", "--start-variance -1",
+        "--label-noise 2", "--method x", "--step 0", "--step -1 --method discrete", "--seed -1", "--device gpu",
+        "--out file.txt", "--out file.txt/x", "--out folder",
+    ),
+    ESTIMATED: (
+        "--model x", "--estimator x", "--baseline-window 0", "--window 2", "--window 1000", "--missing x", "--n-boot -1",
+        "--n-boot x", "--confidence 2", "--confidence 0", "--seed -1", "--out file.txt", "--out file.txt/x",
+    ),
+    RIDGE_STUDY: (
+        "--scale big", "--size x", "--size epochs=x", "--jobs 0", "--jobs x", "--backend x", "--address here", "--device gpu",
+        "--device cuda:99", "--out file.txt", "--trainings folder", "--train-only", "--only x", "--so-far",
+        "--results file.txt",
+    ),
+}  # fmt: skip
+WRONG_COMMANDS = [(*begin, *end.split(" ")) for begin, ends in COMMANDS.items() for end in ends]
+
+
+@pytest.mark.parametrize("words", WRONG_COMMANDS, ids=lambda words: " ".join(words)[:100])
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_commands_end_with_status_2_and_one_line(words, capsys):
+    pytest.importorskip("sklearn", reason="the digits are inside scikit-learn")
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.startswith("local-elasticity: ")
+    assert error.count("\n") == 1, error
+    assert not WORDS_OF_OTHERS.search(error), error

@@ -12,10 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 from rich.console import Console
 
 from local_elasticity import interrupts
+from local_elasticity.base.checks import (
+    check_fraction,
+    check_place,
+    check_probability,
+    check_rate,
+    check_seed,
+    check_whole,
+    make_folder,
+)
 from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 
@@ -45,7 +54,25 @@ CONTINUED = {  # commands that go on where they stopped, and where that is
 UNWRITTEN = ("measure",)  # commands that write at the very end
 
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
-Sizes = Annotated[list[int] | None, Parameter(consume_multiple=True)]
+
+
+def _whole_numbers(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Whole numbers as they were written: 1.5 is none, and is not rounded."""
+    numbers = []
+    for token in tokens:
+        try:
+            numbers.append(int(token.value))
+        except ValueError:
+            name = token.keyword or "the argument"
+            raise InputError(
+                expected=f"{name}: a whole number", got=repr(token.value), do=f"write for example {name} 3"
+            ) from None
+    return numbers if kind == list[int] else numbers[0]
+
+
+Whole = Annotated[int, Parameter(converter=_whole_numbers)]
+WholeOrNone = Annotated[int | None, Parameter(converter=_whole_numbers)]
+Sizes = Annotated[list[int] | None, Parameter(consume_multiple=True, converter=_whole_numbers)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InputError as error:
             _refuse(str(error))
         except CycloptsError as error:
-            _refuse(" ".join(str(error).split()) + "; see --help")
+            ours = error.__cause__ or error.__context__
+            _refuse(str(ours) if isinstance(ours, InputError) else " ".join(str(error).split()) + "; see --help")
         else:
             sys.stdout.flush()
             sys.exit(status if isinstance(status, int) else 0)
@@ -94,12 +122,12 @@ def track(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     momentum: float = 0.0,
-    epochs: int = 3,
-    batch_size: int | None = None,
-    per_class: int | None = None,
-    probes_per_class: int = 20,
-    every: int = 9,
-    log_spaced: int | None = None,
+    epochs: Whole = 3,
+    batch_size: WholeOrNone = None,
+    per_class: WholeOrNone = None,
+    probes_per_class: Whole = 20,
+    every: Whole = 9,
+    log_spaced: WholeOrNone = None,
     budget: float | None = None,
     update: Words = None,
     definition: Words = None,
@@ -108,7 +136,7 @@ def track(
     exclude_self: bool = False,
     augment_once: bool = False,
     device: str = "cpu",
-    seed: int = 0,
+    seed: Whole = 0,
     out: Path = Path("runs/track"),
     overwrite: bool = False,
 ) -> int:
@@ -150,6 +178,14 @@ def track(
     import local_elasticity as le
     from local_elasticity.runs import prepare_folder
     from local_elasticity.training.loop import Session, Training
+
+    _check_counts(
+        epochs=epochs, batch_size=batch_size, per_class=per_class, probes_per_class=probes_per_class, every=every,
+        log_spaced=log_spaced,
+    )  # fmt: skip
+    _check_rates(lr=lr, weight_decay=weight_decay, momentum=momentum)
+    check_seed("--seed", seed)
+    _check_folder("--out", out)
     from local_elasticity.updates import parse_update
 
     configuration: dict[str, Any] = {
@@ -287,6 +323,29 @@ def _finish(run: Any, out: Path) -> int:
     return 0
 
 
+def _check_counts(**counts: int | None) -> None:
+    """Refuse options that count something and are given as less than one."""
+    for name, count in counts.items():
+        check_whole(f"--{name.replace('_', '-')}", count, or_none=True)
+
+
+def _check_file(out: Path | None) -> None:
+    """Refuse an --out that cannot be a file."""
+    if out is not None and check_place("--out", out).is_dir():
+        raise InputError(expected="--out: a file", got=f"a folder, {out}", do="write for example --out table.json")
+
+
+def _check_folder(option: str, place: Path | None) -> None:
+    """Refuse an option that cannot be a folder."""
+    if place is not None and check_place(option, place).is_file():
+        raise InputError(expected=f"{option}: a folder", got=f"a file, {place}", do=f"choose another {option}")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        check_rate(f"--{name.replace('_', '-')}", rate)
+
+
 def _size(size: list[int] | None) -> dict[str, Any]:
     """The size of images as an option of `load`; none where it was not given."""
     if not size:
@@ -344,14 +403,14 @@ def measure(
     network: str = "mlp",
     size: Sizes = None,
     checkpoint: Path | None = None,
-    per_class: int = 20,
+    per_class: Whole = 20,
     split: Literal["train", "test", "val"] = "train",
     update: str = "sgd:0.01",
     definition: Words = None,
     engine: Literal["auto", "replay", "linear"] = "auto",
     exclude_self: bool = False,
     device: str = "cpu",
-    seed: int = 0,
+    seed: Whole = 0,
     out: Path | None = None,
 ) -> int:
     """Measure one moment: take a step at each sample, look at all of them, print the class-by-class table.
@@ -381,6 +440,9 @@ def measure(
     from local_elasticity.similarity import get_definition, movements
     from local_elasticity.updates import parse_update
 
+    _check_counts(per_class=per_class)
+    check_seed("--seed", seed)
+    _check_file(out)
     names = definition or ["he_su", "kl"]
     for name in names:
         get_definition(name)
@@ -432,7 +494,7 @@ def measure(
         tables[name] = table
         _print_table(name, table)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder("the folder of --out", out.parent)
         content = {name: table.to_xarray().to_dict() for name, table in tables.items()}
         out.write_text(json.dumps({"plan": asdict(plan), "tables": content}, indent=2, default=str))
         console.print(f"table: {out}", markup=False)
@@ -445,8 +507,10 @@ def _load_weights(model: Any, path: Path) -> None:
 
     import torch
 
-    if not path.exists():
-        raise InputError(expected="a checkpoint file", got=f"nothing at {path}", do="check --checkpoint")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "nothing"
+        raise InputError(expected="a checkpoint file", got=f"{what} at {path}", do="check --checkpoint")
+    state: Any = None
     try:
         if path.suffix == ".safetensors":
             try:
@@ -455,7 +519,7 @@ def _load_weights(model: Any, path: Path) -> None:
                 from local_elasticity.errors import missing_extra
 
                 raise missing_extra("safetensors", "safetensors", "reads .safetensors files") from None
-            state: Any = load_file(path)
+            state = load_file(path)
         else:
             state = torch.load(path, weights_only=True, map_location="cpu")
             state = state.get("model", state) if isinstance(state, dict) else state
@@ -474,13 +538,29 @@ def _load_weights(model: Any, path: Path) -> None:
     ) as error:
         raise InputError(
             expected="a checkpoint with the weights of this network, and nothing but tensors",
-            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            got=_unlike(model, state, path),
             do="save model.state_dict() as safetensors, and pass the matching --network",
         ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise InputError(expected="a whole safetensors file", got=str(error), do="save the weights again") from error
+        raise InputError(
+            expected="a whole safetensors file", got=f"another file, {path}", do="save the weights again"
+        ) from error
+
+
+def _unlike(model: Any, state: Any, path: Path) -> str:
+    """In what a state read from a file is not that of a network."""
+    if state is None:
+        return f"a file that cannot be read as such, {path}"
+    if not isinstance(state, dict):
+        return f"an object of type {type(state).__name__} in {path}"
+    own = model.state_dict()
+    missing, more = [name for name in own if name not in state], [str(name) for name in state if name not in own]
+    if missing or more:
+        return f"{len(missing)} weights missing and {len(more)} unknown ({', '.join([*missing, *more][:3])} ...)"
+    odd = [n for n, w in own.items() if tuple(getattr(state[n], "shape", ())) != tuple(w.shape)]
+    return f"other shapes, of {odd[0]!r}" if odd else f"something that cannot be loaded, {path}"
 
 
 def _print_table(name: str, table: Any) -> None:
@@ -513,23 +593,23 @@ def train(
     classes: Words = None,
     size: Sizes = None,
     network: str = "simple-conv",
-    replicas: int = 100,
-    steps: int = 10_000,
+    replicas: Whole = 100,
+    steps: Whole = 10_000,
     lr: float = 0.005,
-    batch_size: int = 1,
+    batch_size: Whole = 1,
     optimizer: Literal["sgd", "adam"] = "sgd",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     corruption: float = 0.0,
-    per_class: int | None = None,
-    validate: int | None = None,
-    probe: int | None = None,
-    probes_per_class: int = 20,
+    per_class: WholeOrNone = None,
+    validate: WholeOrNone = None,
+    probe: WholeOrNone = None,
+    probes_per_class: Whole = 20,
     collapse_layer: Words = None,
     dtype: Literal["float32", "float64"] = "float32",
-    threads: int | None = None,
+    threads: WholeOrNone = None,
     device: str = "cpu",
-    seed: int = 0,
+    seed: Whole = 0,
     out: Path = Path("runs/train"),
     overwrite: bool = False,
 ) -> int:
@@ -569,6 +649,14 @@ def train(
     from local_elasticity.runs import prepare_folder
     from local_elasticity.training.recording import is_ensemble, overwrite_ensemble
 
+    _check_counts(
+        replicas=replicas, steps=steps, batch_size=batch_size, per_class=per_class, validate=validate, probe=probe,
+        probes_per_class=probes_per_class, threads=threads,
+    )  # fmt: skip
+    _check_rates(lr=lr, weight_decay=weight_decay, momentum=momentum)
+    check_probability("--corruption", corruption)
+    check_seed("--seed", seed)
+    _check_folder("--out", out)
     configuration: dict[str, Any] = {
         "data": data,
         "classes": classes or "all",
@@ -706,12 +794,12 @@ def estimate(
     *,
     model: Literal["auto", "logits", "isotropic"] = "auto",
     estimator: Literal["defined", "published"] = "defined",
-    baseline_window: int | None = None,
-    window: int | None = None,
+    baseline_window: WholeOrNone = None,
+    window: WholeOrNone = None,
     missing: Literal["raise", "interpolate"] = "raise",
-    n_boot: int = 200,
+    n_boot: Whole = 200,
     confidence: float = 0.95,
-    seed: int = 0,
+    seed: Whole = 0,
     out: Path | None = None,
 ) -> int:
     """Estimate the locally elastic SDE from training: alpha, beta, their decay, and whether classes will separate.
@@ -740,6 +828,11 @@ def estimate(
     from local_elasticity.lesde.summary import print_summary, write_summary
     from local_elasticity.report.estimation import write_estimation
 
+    check_fraction("--confidence", confidence)
+    check_whole("--n-boot", n_boot, 0)
+    check_seed("--seed", seed)
+    _check_folder("--out", out)
+    _check_counts(baseline_window=baseline_window, window=window)
     found = read_recording(recording)
     chosen = model if model != "auto" else "logits" if found.square else "isotropic"
     console.print(f"{found.what}; model {chosen}, estimator {estimator}", markup=False)
@@ -797,23 +890,23 @@ def data_command(name: str | None = None, *, size: Sizes = None) -> int:
 @app.command
 def simulate(
     *,
-    classes: int = 3,
-    features: int | None = None,
+    classes: Whole = 3,
+    features: WholeOrNone = None,
     drift: Literal["isotropic", "logits"] = "logits",
     alpha: str = "0.02*exp(-t/2000)",
     beta: str = "-0.002",
     sigma: str = "0.02",
-    steps: int = 10_000,
-    samples_per_class: int = 100,
-    paths: int = 500,
-    save: int = 201,
-    separability_paths: int = 50,
+    steps: Whole = 10_000,
+    samples_per_class: Whole = 100,
+    paths: Whole = 500,
+    save: Whole = 201,
+    separability_paths: Whole = 50,
     scale: float = 0.1,
     start_variance: float = 0.0,
     label_noise: float = 0.0,
     method: Literal["exact", "discrete", "euler-maruyama"] = "exact",
     step: float | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
     device: str = "cpu",
     out: Path = Path("runs/sde"),
     overwrite: bool = False,
@@ -849,6 +942,7 @@ def simulate(
     from local_elasticity.lesde.simulation import simulate as run
 
     usable_device(device)
+    _check_folder("--out", out)
     given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
     numbers = run(Settings(**given), out, overwrite=overwrite)
     low, high = numbers["separable_interval"]
@@ -878,6 +972,7 @@ def bench(name: str = "snapshot", *, quick: bool = False, out: Path | None = Non
     """
     import runpy
 
+    _check_file(out)
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     known = sorted(path.stem for path in folder.glob("*.py")) if folder.is_dir() else []
     if not known:
@@ -902,7 +997,7 @@ def reproduce(
     list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     backend: Literal["serial", "loky", "ray", "dask"] | None = None,
-    jobs: int = 1,
+    jobs: Whole = 1,
     address: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -940,6 +1035,9 @@ def reproduce(
 
     if list_ or not (names or from_):
         return reproduction.show_list(sys.stdout.isatty())
+    check_whole("--jobs", jobs)
+    for option, place in (("--out", out), ("--results", results), ("--trainings", trainings)):
+        _check_folder(option, place)
     workers = Workers(backend or ("loky" if jobs > 1 else "serial"), jobs, address)
     if from_ is not None:
         if device != "cpu":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from local_elasticity.errors import InputError
-
 if TYPE_CHECKING:
     import torch
 
@@ -16,13 +14,8 @@ def usable_device(name: str) -> torch.device:
     Raises:
         InputError: for one that torch does not know, or cannot use here.
     """
-    import torch
+    from local_elasticity.base.tensors import check_device
 
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            expected="a device that torch can use here", got=f"{name!r}: {str(error).splitlines()[0]}", do="use cpu"
-        ) from None
+    device = check_device("--device", name, or_none=False)
+    assert device is not None
     return device

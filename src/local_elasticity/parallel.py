@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from local_elasticity.errors import InputError, missing_extra, nearest
+from local_elasticity.base.checks import check_choice, check_text, check_whole
+from local_elasticity.errors import InputError, missing_extra
 
 Backend = Literal["serial", "loky", "ray", "dask"]
 ANSWER_SECONDS = 5.0  # a cluster that takes longer to accept a connection does not answer
@@ -50,11 +51,9 @@ class Workers:
 
     def __post_init__(self) -> None:
         """Refuse what names no workers."""
-        known = get_args(Backend)
-        if self.backend not in known:
-            raise InputError(expected="a backend", got=repr(self.backend), do=nearest(str(self.backend), known))
-        if self.jobs < 1:
-            raise InputError(expected="jobs >= 1", got=str(self.jobs), do="ask for at least one task at once")
+        check_choice("backend", self.backend, Backend)
+        check_whole("jobs", self.jobs)
+        check_text("address", self.address, or_none=True)
         if self.address and self.backend not in PORTS:
             raise InputError(
                 expected="no address: only ray and dask have clusters",

@@ -424,7 +424,7 @@ def test_the_tracker_of_a_replica_looks_at_its_network():
         with torch.no_grad():
             np.testing.assert_allclose(run["before"].values[row], then.model(1)(probes[0]), rtol=1e-12)
     same_bits(ensemble, train())
-    with pytest.raises(InputError, match=re.escape("replicas 0 ... 2")):
+    with pytest.raises(InputError, match=re.escape("key of trackers: a whole number in 0..2")):
         train(trackers={3: make})
 
 
@@ -444,7 +444,7 @@ SHARED = mlp()
 BAD = {
     "labels outside of the outputs": ({"data": (X, Y + 1)}, "labels in 0 ... 2"),
     "a batch larger than the data": ({"batch_size": 25}, "at most the 24 samples"),
-    "a network of another input size": ({"make": lambda: MLP(7, 3).double()}, "a network for these inputs"),
+    "a network of another input size": ({"make": lambda: MLP(7, 3).double()}, "its first Linear is made for 7 numbers"),
     "one output for classes": ({"make": lambda: MLP(6, 1).double()}, "one output a class"),
     "outputs of three dimensions": (
         {"make": lambda: nn.Sequential(nn.Linear(6, 3), nn.Unflatten(1, (3, 1))).double()},
@@ -453,20 +453,20 @@ BAD = {
     "targets of another shape": ({"data": (X, X), "loss_fn": F.mse_loss}, "targets of the outputs' shape"),
     "validation with more classes": ({"validation": (X, Y + 1)}, "validation: labels in 0 ... 2"),
     "probes without a class": ({"probes": (X, Y.clamp(min=1))}, "none of class 0"),
-    "NaN in the data": ({"data": (X * torch.nan, Y)}, "finite inputs"),
-    "a negative learning rate": ({"lr": -1.0}, "lr >= 0"),
+    "NaN in the data": ({"data": (X * torch.nan, Y)}, "inputs of data: finite numbers"),
+    "a negative learning rate": ({"lr": -1.0}, "lr: a finite number >= 0"),
     "no steps": ({"steps": 0}, "steps: a whole number"),
     "no replicas": ({"replicas": 0}, "replicas"),
     "replicas twice": ({"replicas": [1, 1]}, "different numbers"),
     "an unknown optimiser": ({"optimizer": "sdg"}, "did you mean 'sgd'"),
     "an unknown route": ({"route": "kernel"}, "did you mean 'kernels'"),
     "an unknown layer": ({"probes": (X, Y), "collapse_layers": ["hidden.9"]}, "a layer of the network"),
-    "a loss a sample": ({"loss_fn": lambda o, y: F.cross_entropy(o, y, reduction="none")}, "one number"),
+    "a loss a sample": ({"loss_fn": lambda o, y: F.cross_entropy(o, y, reduction="none")}, "one real number"),
     "a budget": ({"validation": (X, Y), "validate": le.budget(0.1)}, "depends on the step alone"),
     "resuming nothing": ({"resume": True}, "a store to resume"),
     "networks that share weights": ({"make": lambda: SHARED}, "a new network at each call"),
     "no network": ({"make": lambda: 3}, "torch.nn.Module"),
-    "stopping late": ({"stop_at": 41}, "stop_at <= steps"),
+    "stopping late": ({"stop_at": 41}, "stop_at: a whole number in 0..40"),
 }
 
 

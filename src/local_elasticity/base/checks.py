@@ -69,6 +69,33 @@ def in_short(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__
 
 
+def as_code(name: str) -> str:
+    """A name that stands in a line of code: itself where it is one, else x.
+
+    Args:
+        name: of an argument, possibly in words.
+
+    Returns:
+        An identifier.
+    """
+    return name if name.isidentifier() else "x"
+
+
+def written(name: str, value: object) -> str:
+    """How an argument is given a value: in words where its name is no identifier and no option.
+
+    Args:
+        name: of the argument; "--name" for an option of the command line.
+        value: as Python, or the command line, writes it.
+
+    Returns:
+        For example "write n=3", "write --every 3".
+    """
+    if name.startswith("--"):
+        return f"write {name} {value}"
+    return f"write {name}={value}" if name.isidentifier() else f"use {value}"
+
+
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number by its type: True and 3.0 are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
@@ -103,7 +130,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None, 
     raise InputError(
         expected=f"{name}: a whole number {span}" + (", or None" if or_none else ""),
         got=in_words(value),
-        do=f"write {name}={_nearest_whole(value, least, most)}" + (", or leave it out" if or_none else ""),
+        do=written(name, _nearest_whole(value, least, most)) + (", or leave it out" if or_none else ""),
     )
 
 
@@ -183,14 +210,14 @@ def _bounds(low: float, high: float, above: bool, below: bool) -> str:
 
 def _advice_for_number(name: str, value: Any, low: float, high: float, is_open: bool) -> str:
     if hasattr(value, "item") and not isinstance(value, np.generic) and getattr(value, "ndim", 1) == 0:
-        return f"write {name}={name}.item()"
+        return f"pass {as_code(name)}.item()"
     if isinstance(value, str):
         try:
-            return f"write {name}={float(value):g}, without quotes"
+            return f"{written(name, f'{float(value):g}')}, without quotes"
         except ValueError:
             pass
     if math.isfinite(low) and math.isfinite(high) and is_open:
-        return f"for example {name}={(low + high) / 2:g}"
+        return f"for example {name}{' ' if name.startswith('--') else '='}{(low + high) / 2:g}"
     return f"pass such a number as {name}"
 
 
@@ -731,6 +758,7 @@ def advice_for_labels(name: str, array: np.ndarray | None) -> str:
         name: of the argument.
         array: them, as far as they are an array.
     """
+    name = as_code(name)
     if array is not None and array.dtype.kind in "US":
         return f"number the classes: numpy.unique({name}, return_inverse=True)[1]"
     if array is not None and array.ndim == 2:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.base.checks import advice_for_labels, check_choice, in_words, plain_array
+from local_elasticity.base.checks import advice_for_labels, as_code, check_choice, in_words, plain_array, written
 from local_elasticity.errors import InputError
 
 LAZY = "call the model once on a batch, so that its lazy layers get their sizes"
@@ -33,7 +33,9 @@ def check_tensor(name: str, value: Any, *, finite: bool = True) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(expected=f"{name}: a torch tensor", got=in_words(value), do=advice_for_tensor(name, value))
     if value.layout is not torch.strided:
-        raise InputError(expected=f"{name}: a dense tensor", got=str(value.layout), do=f"pass {name}.to_dense()")
+        raise InputError(
+            expected=f"{name}: a dense tensor", got=str(value.layout), do=f"pass {as_code(name)}.to_dense()"
+        )
     if value.is_meta:
         raise InputError(
             expected=f"{name}: a tensor with data", got="one on the device 'meta'", do="load the data first"
@@ -64,6 +66,7 @@ def advice_for_tensor(name: str, value: Any) -> str:
     """
     if value is None:
         return f"pass {name}, samples first"
+    name = as_code(name)
     if isinstance(value, nn.Module | type) or (callable(value) and not hasattr(value, "__array__")):
         return "check the order of the arguments: this is no data"
     if isinstance(value, Mapping):
@@ -144,14 +147,14 @@ def check_class_labels(
         array = plain_array(labels)
         is_tensor = isinstance(labels, Tensor)
         is_numbers = not is_tensor and array is not None and array.dtype.kind in "iu" and array.ndim == 1
-        advice = f"pass {name}.long()" if is_tensor and labels.dim() == 1 else advice_for_labels(name, array)
+        advice = f"pass {as_code(name)}.long()" if is_tensor and labels.dim() == 1 else advice_for_labels(name, array)
         raise InputError(
             expected=f"{name}: a tensor of integer class labels, one a sample",
             got=in_words(labels),
-            do=f"pass torch.as_tensor({name})" if is_numbers else advice,
+            do=f"pass torch.as_tensor({as_code(name)})" if is_numbers else advice,
         )
     if labels.dtype == torch.bool:
-        raise InputError(expected=f"{name}: labels of dtype int64", got="torch.bool", do=f"pass {name}.long()")
+        raise InputError(expected=f"{name}: labels of dtype int64", got="torch.bool", do=f"pass {as_code(name)}.long()")
     if n is not None and len(labels) != n:
         raise InputError(expected=f"{name}: {n} labels", got=str(len(labels)), do="give one label for each sample")
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
@@ -308,17 +311,16 @@ def check_device(name: str, value: Any, *, or_none: bool = True) -> torch.device
     """
     if value is None and or_none:
         return None
+    do = written(name, "cpu" if name.startswith("--") else '"cpu"')
     if not isinstance(value, str | torch.device):
-        raise InputError(expected=f"{name}: a device", got=in_words(value), do=f'write {name}="cpu" or "cuda"')
+        raise InputError(expected=f"{name}: a device", got=in_words(value), do=do)
     try:
         device = torch.device(value)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            expected=f"{name}: a device that torch can use here", got=in_words(value), do=f'write {name}="cpu"'
-        ) from error
+        raise InputError(expected=f"{name}: a device that torch can use here", got=in_words(value), do=do) from error
     if device.type == "meta":
-        raise InputError(expected=f"{name}: a device that holds data", got="'meta'", do=f'write {name}="cpu"')
+        raise InputError(expected=f"{name}: a device that holds data", got="'meta'", do=do)
     return device
 
 
@@ -377,7 +379,7 @@ def check_fits(model: nn.Module, name: str, inputs: Tensor) -> None:
         raise InputError(
             expected=f"{name} on the model's device {str(device)!r}",
             got=f"one on {str(inputs.device)!r}",
-            do=f"pass {name}.to({str(device)!r})",
+            do=f"move them: {as_code(name)}.to({str(device)!r})",
         )
 
 
@@ -421,22 +423,28 @@ def refusal_of_inputs(model: nn.Module, inputs: Tensor, name: str, error: BaseEx
     if len(kinds) == 1 and inputs.is_floating_point() and inputs.dtype not in kinds:
         kind = next(iter(kinds))
         return InputError(
-            expected=f"{name} of the model's dtype, {kind}", got=str(inputs.dtype), do=f"pass {name}.to({kind})"
+            expected=f"{name} of the model's dtype, {kind}",
+            got=str(inputs.dtype),
+            do=f"convert them: {as_code(name)}.to({kind})",
         )
     embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
     if kinds and not inputs.is_floating_point() and not embeds:
         kind = next(iter(kinds))
         return InputError(
-            expected=f"{name} of a floating-point dtype", got=str(inputs.dtype), do=f"pass {name}.to({kind})"
+            expected=f"{name} of a floating-point dtype",
+            got=str(inputs.dtype),
+            do=f"convert them: {as_code(name)}.to({kind})",
         )
     if embeds and inputs.is_floating_point():
         return InputError(
-            expected=f"{name} as token numbers for the embedding", got=str(inputs.dtype), do=f"pass {name}.long()"
+            expected=f"{name} as token numbers for the embedding",
+            got=str(inputs.dtype),
+            do=f"convert them: {as_code(name)}.long()",
         )
     return InputError(
         expected=f"{name} that the model takes" + _first_sizes(model),
         got=f"{type(error).__name__} in its forward pass for {name} of shape {tuple(inputs.shape)}",
-        do=f"make model({name}[:1]) work; where it does, call it with the modes and dtypes that are asked for here",
+        do=f"make model({as_code(name)}[:1]) work; where it does, in the mode and the dtype that are asked for here",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_probability, check_rate, check_real, check_seed, check_whole
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.expressions import parse
 from local_elasticity.lesde.model import LESDE
@@ -47,10 +48,15 @@ def build(settings: Settings) -> LESDE:
     Raises:
         InputError: for expressions that are no arithmetic, or numbers that the model refuses.
     """
-    k = settings.classes
-    if k < 2:
-        raise InputError(expected="K >= 2 classes", got=f"{k}", do="pass --classes 2 or more")
-    p = settings.features or k
+    k = check_whole("--classes", settings.classes, 2)
+    p = k if settings.features is None else check_whole("--features", settings.features)
+    for name in ("samples_per_class", "paths", "separability_paths"):
+        check_whole(f"--{name.replace('_', '-')}", getattr(settings, name))
+    check_real("--scale", settings.scale)
+    check_rate("--start-variance", settings.start_variance)
+    check_probability("--label-noise", settings.label_noise)
+    check_real("--step", settings.step, 0.0, above=True, or_none=True)
+    check_seed("--seed", settings.seed)
     generator = np.random.default_rng(settings.seed)
     initial = settings.scale * (np.eye(k, p) + 0.5 * generator.standard_normal((k, p)))
     rates = [parse(getattr(settings, name), name) for name in ("alpha", "beta", "sigma")]
@@ -60,10 +66,8 @@ def build(settings: Settings) -> LESDE:
 
 def save_points(settings: Settings) -> np.ndarray:
     """Evenly spaced whole steps, the start and the end among them."""
-    if settings.steps < 1:
-        raise InputError(expected="steps >= 1", got=str(settings.steps), do="pass --steps")
-    if settings.save < 2:
-        raise InputError(expected="at least 2 save points", got=str(settings.save), do="raise --save")
+    check_whole("--steps", settings.steps)
+    check_whole("--save", settings.save, 2)
     return np.unique(np.linspace(0, settings.steps, min(settings.save, settings.steps + 1)).round())
 
 
