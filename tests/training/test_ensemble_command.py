@@ -68,7 +68,7 @@ def test_the_same_command_continues_and_another_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--corruption", 1.5), "a corruption rate in [0, 1]"),
+        (("--corruption", 1.5), "--corruption: a finite number >= 0 and <= 1"),
         (("--batch-size", 37), "at most the 36 samples"),
         (("--classes", "ellipse", "elipse"), "did you mean 'ellipse'"),
         (("--data", "geomnist-varied", "--classes", "0", "9"), "classes of triangle"),
