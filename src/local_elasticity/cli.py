@@ -217,7 +217,7 @@ def track(
         before_commit=session.save,
     )
     if resume and tracker.resume_step:
-        session.load(tracker.resume_step)
+        session.load(tracker.resume_step, tracker.checkpoint)
         console.print(f"continuing {out} from update {tracker.resume_step}")
     shown = ", ".join(f"{n} {c}" for n, c in zip(train.class_names, train.counts.tolist(), strict=True))
     console.print(f"{train.origin}: {len(train)} images ({shown}); {network}, {session.total} updates", markup=False)

@@ -188,11 +188,12 @@ class _TimedSession(Session):
         scalars: dict[str, Any] = super()._scalars()
         return {name: timed(x) if callable(x) else x for name, x in scalars.items()}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> str | None:
         """As the session's, timed."""
         with self.clock("saving"):
-            super().save(step)
+            digest = super().save(step)
         self.clock.save()
+        return digest
 
 
 class _Run:
@@ -250,7 +251,7 @@ class _Run:
             before_commit=self.session.save,
         )
         if resume and self.tracker.resume_step:
-            self.session.load(self.tracker.resume_step)
+            self.session.load(self.tracker.resume_step, self.tracker.checkpoint)
             self._control(self.tracker.resume_step)
 
     def follow(self) -> dict[str, Any]:
