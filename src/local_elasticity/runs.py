@@ -205,25 +205,14 @@ def open_checked(place: Path, rows: Callable[[dict[str, Any]], Mapping[str, int]
     Raises:
         InputError: for a newer format, damaged metadata, a missing or damaged chunk.
     """
-    import xarray as xr
-
     from local_elasticity.base import chunks
 
     document = chunks.read_document(place)
     chunks.check_version(document["attributes"].get("format_version", 1), FORMAT_VERSION, str(place))
     written = rows(chunks.arrays_of(place, document)) if rows is not None else None
     chunks.check_chunks(place, document, written)
-    with quiet(), told_of_disk(place):
-        try:
-            return xr.open_zarr(chunks.CheckedStore(place), consolidated=True)
-        except InputError:
-            raise
-        except Exception as error:  # what damaged metadata makes of two libraries is open-ended
-            raise InputError(
-                expected=f"{place} as it was written",
-                got=f"damaged metadata, zarr.json ({type(error).__name__})",
-                do=chunks.AGAIN,
-            ) from error
+    with quiet():
+        return chunks.open_dataset(place, consolidated=True)
 
 
 def locate(path: str | Path) -> Path | None:
@@ -314,8 +303,7 @@ class ZarrStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = Lock(path, "call finish() on the Tracker that writes it, or delete that Tracker")
-        self.group: Any = None  # None also after a write that failed: what is on disk is then read again
-        self.arrays: dict[str, Any] = {}
+        self.columns: dict[str, Any] | None = None  # None also after a write that failed: they are then read again
         self._steps: list[int] = []
         self._text = ""  # of the metadata, as committed
 
@@ -348,9 +336,7 @@ class ZarrStore:
                 dtype = str if values.dtype.kind in "UO" else values.dtype
                 array = chunks.create_array(group, name, shape=values.shape, dtype=dtype, dimension_names=dims)
                 array[...] = values.astype(object) if dtype is str else values
-            chunks.create_array(
-                *(group, "step"), shape=(0,), chunks=(SMALL_CHUNK,), dtype=np.int64, dimension_names=("step",)
-            )
+            chunks.Column.create(building, "step", np.zeros((), np.int64), (), 0, SMALL_CHUNK)
             group.update_attributes(
                 {"format": FORMAT, "format_version": FORMAT_VERSION, **chunks.SEALED, **_plain(attributes)}
             )
@@ -395,13 +381,11 @@ class ZarrStore:
             place = self.path / name / "zarr.json"
             if not place.is_file() or _read_json(place) != meta:
                 write_whole(place, json.dumps(meta))
-        per_step = [name for name, meta in arrays.items() if (meta.get("dimension_names") or ("",))[0] == "step"]
-        self.group, self.arrays = chunks.open_arrays(self.path, per_step)
-
-    def _shorten(self, length: int) -> None:
-        for array in self.arrays.values():
-            if array.shape[0] > length:
-                array.resize((length, *array.shape[1:]))
+        self.columns = {
+            name: chunks.Column(self.path, name, meta)
+            for name, meta in arrays.items()
+            if (meta.get("dimension_names") or ("",))[0] == "step"
+        }
 
     @property
     def steps(self) -> list[int]:
@@ -410,18 +394,15 @@ class ZarrStore:
 
     def append(self, step: int, snapshot: Snapshot, attributes: Mapping[str, Any]) -> None:
         """Add a snapshot and commit it; those at this step or later are replaced."""
-        with self._writing():
+        with self._writing() as columns:
             kept = [s for s in self._steps if s < step]
             self._shorten_to(kept)
-            index = len(kept)
-            self._write("step", (), np.asarray(step, dtype=np.int64), index)
-            for name, (dims, values) in snapshot.items():
-                self._write(name, dims, np.asarray(values), index)
-            for array in self.arrays.values():
-                if array.shape[0] < index + 1:
-                    array.resize((index + 1, *array.shape[1:]))
-                    array[index] = array.fill_value  # a chunk may still hold what lay here before it was shortened
-            self._commit(index + 1, attributes)
+            rows: Snapshot = {"step": ((), np.asarray(step, dtype=np.int64)), **snapshot}
+            for name, (dims, values) in rows.items():
+                self._write(name, dims, np.asarray(values), len(kept))
+            for name in columns.keys() - rows.keys():
+                columns[name].write(len(kept), None)
+            self._commit(len(kept) + 1, attributes)
             self._steps = [*kept, step]
 
     def drop_replaced(self) -> None:
@@ -430,13 +411,19 @@ class ZarrStore:
             self._shorten_to(self._steps)
 
     def _shorten_to(self, steps: list[int]) -> None:
-        if self.arrays["step"].shape[0] > len(steps):
+        if self._length > len(steps):
             self._commit(len(steps))  # first for readers: chunks of what they see are never removed
             self._steps = steps
-            self._shorten(len(steps))
+            for column in (self.columns or {}).values():
+                column.shorten(len(steps))
+
+    @property
+    def _length(self) -> int:
+        """Snapshots that readers see."""
+        return json.loads(self._text)["consolidated_metadata"]["metadata"]["step"]["shape"][0]
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[dict[str, Any]]:
         """A write that, when it fails, leaves what was committed, and the store ready for the next."""
         self.hold()
         with quiet(), told_of_disk(self.path):
@@ -447,48 +434,32 @@ class ZarrStore:
                     got="one that was written, moved or removed by something else meanwhile",
                     do="start again: a new Tracker with resume=True continues what is there",
                 )
-            if self.group is None:
+            if self.columns is None:
                 self._attach()
                 committed = set(self._committed_steps())
                 self._steps = [step for step in self._steps if step in committed]
+            assert self.columns is not None
             try:
-                yield
+                yield self.columns
             except BaseException:
-                self.group = None
+                self.columns = None
                 raise
 
     def _write(self, name: str, dims: tuple[str, ...], values: np.ndarray, index: int) -> None:
-        array = self.arrays.get(name)
-        if array is None:
-            array = self.arrays[name] = self._add(name, dims, values, index)
-        array.resize((index + 1, *array.shape[1:]))
-        array[index] = values
-
-    def _add(self, name: str, dims: tuple[str, ...], values: np.ndarray, index: int) -> Any:
-        """A variable that the first snapshots do not have."""
         from local_elasticity.base import chunks
 
-        # Outputs lie one snapshot a chunk; small variables share one, rewritten whole and atomically.
-        chunk = 1 if name in OUTPUTS or name == "pairs" else SMALL_CHUNK
-        fill = np.nan if values.dtype.kind == "f" else values.dtype.type(0)
-        array = chunks.create_array(
-            self.group,
-            name,
-            shape=(index, *values.shape),
-            chunks=(chunk, *(max(1, size) for size in values.shape)),
-            dtype=values.dtype,
-            fill_value=fill,
-            dimension_names=("step", *dims),
-        )
-        if index:
-            array[...] = fill
-        return array
+        assert self.columns is not None
+        if name not in self.columns:
+            # Outputs lie one snapshot a chunk; small variables share one, rewritten whole and atomically.
+            chunk = 1 if name in OUTPUTS or name == "pairs" else SMALL_CHUNK
+            self.columns[name] = chunks.Column.create(self.path, name, values, dims, index, chunk)
+        self.columns[name].write(index, values)
 
     def _commit(self, length: int, attributes: Mapping[str, Any] | None = None) -> None:
         """One replacement of one file: so many snapshots, and the attributes that go with them."""
         document = json.loads(self._text)
         arrays = document["consolidated_metadata"]["metadata"]
-        for name in self.arrays:
+        for name in self.columns or {}:
             meta = arrays[name] if name in arrays else _read_json(self.path / name / "zarr.json")
             arrays[name] = {**meta, "shape": [length, *meta["shape"][1:]]}
         document["attributes"] |= _plain(attributes or {})
@@ -499,7 +470,8 @@ class ZarrStore:
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the run."""
         with self._writing():
-            self._commit(self.arrays["step"].shape[0], attributes)
+            self._commit(self._length, attributes)
+            self._attach()  # also for readers of each array's own metadata
 
     def open(self) -> Run:
         """The run as it is on disk."""

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import google_crc32c
+import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from local_elasticity.base.files import told_of_disk
+from local_elasticity.base.files import discard, told_of_disk, write_whole
 from local_elasticity.errors import InputError
 
 SEALED = {"checksums": "crc32c"}  # attributes of a store that was written by `create_array` alone
+CODECS = ("bytes", "zstd", "crc32c")
 AGAIN = "restore it from a copy, or make the store again"
 
 
@@ -38,31 +40,200 @@ def create_array(group: zarr.Group, name: str, **settings: Any) -> zarr.Array:
         The array.
     """
     codecs = [ZstdCodec(level=0), Crc32cCodec()]
-    return group.create_array(
-        name, compressors=codecs, config={"write_empty_chunks": True}, overwrite=True, **settings
-    )
+    return group.create_array(name, compressors=codecs, config={"write_empty_chunks": True}, overwrite=True, **settings)
 
 
-def open_arrays(path: Path, names: Iterable[str]) -> tuple[zarr.Group, dict[str, zarr.Array]]:
-    """Open a group and arrays of it for writing, also of chunks that equal the fill value.
+def open_arrays(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Open arrays for writing; chunks that equal the fill value are written where the store is sealed.
 
     Args:
         path: of the store.
         names: of the arrays.
 
     Returns:
-        The group, and its arrays by name.
+        The arrays by name.
 
     Raises:
-        InputError: for what is no group, or one with damaged metadata.
+        InputError: for damaged metadata.
     """
-    with told_of_disk(path), zarr.config.set({"array.write_empty_chunks": True}):
+    sealed, group = is_sealed(read_document(path)), open_group(path)
+    with zarr.config.set({"array.write_empty_chunks": sealed}):
         try:
-            group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-            arrays: dict[str, Any] = {name: group[name] for name in names}
-            return group, arrays
+            return {name: group[name] for name in names}
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(path, "zarr.json", error) from error
+
+
+def open_group(path: Path) -> zarr.Group:
+    """Open a group for writing.
+
+    Args:
+        path: of the store.
+
+    Returns:
+        The group.
+
+    Raises:
+        InputError: for damaged metadata.
+    """
+    try:
+        return zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, "zarr.json", error) from error
+
+
+def open_dataset(path: Path, **options: Any) -> Any:
+    """A store as a dataset that is read when it is asked for, every chunk checked.
+
+    Args:
+        path: of the store.
+        **options: as of ``xarray.open_zarr``.
+
+    Returns:
+        An ``xarray.Dataset``.
+
+    Raises:
+        InputError: for damaged metadata.
+    """
+    import xarray
+
+    with told_of_disk(path):
+        try:
+            return xarray.open_zarr(CheckedStore(path), zarr_format=3, **options)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # what damaged metadata makes of two libraries is open-ended
+            raise _damaged(path, "zarr.json", error) from error
+
+
+class Column:
+    """An array that grows along its first dimension, row after row; every chunk spans all others and is replaced whole.
+
+    What zarr would write, without its event loop: a snapshot has some thirty of them.
+
+    Args:
+        path: of the store.
+        name: of the array.
+        meta: its metadata.
+
+    Raises:
+        InputError: for an array that was not written by this class or, in older stores, by zarr's defaults.
+    """
+
+    def __init__(self, path: Path, name: str, meta: Mapping[str, Any]) -> None:
+        self.path, self.name = path, name
+        try:
+            self.codecs = tuple(codec["name"] for codec in meta["codecs"])
+            self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+            self.shape, self.chunk = tuple(meta["shape"][1:]), _chunk_shape(meta)
+            self.fill = np.array(meta["fill_value"], dtype=self.dtype)[()]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"{name}/zarr.json", error) from error
+        if self.codecs not in (CODECS, CODECS[:-1]) or tuple(self.chunk[1:]) != tuple(max(1, n) for n in self.shape):
+            raise _damaged(path, f"{name}/zarr.json", "it is stored in another way")
+        self._last: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def create(cls, path: Path, name: str, example: np.ndarray, dims: Sequence[str], rows: int, chunk: int) -> Column:
+        """A column whose first rows, if any, hold no number: NaN, or 0.
+
+        Args:
+            path: of the store.
+            name: of the array; one that is there is replaced.
+            example: a row.
+            dims: names of a row's dimensions.
+            rows: how many there are already.
+            chunk: rows in a chunk.
+
+        Returns:
+            The column.
+        """
+        fill: Any = "NaN" if example.dtype.kind == "f" else example.dtype.type(0).item()
+        meta = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [rows, *example.shape],
+            "data_type": example.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [chunk, *(max(1, size) for size in example.shape)]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": fill,
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "zstd", "configuration": {"level": 0, "checksum": False}},
+                {"name": "crc32c"},
+            ],
+            "attributes": {},
+            "dimension_names": ["step", *dims],
+            "storage_transformers": [],
+        }
+        discard(path / name)
+        (path / name).mkdir()
+        write_whole(path / name / "zarr.json", json.dumps(meta))
+        column = cls(path, name, meta)
+        for row in range(rows):
+            column.write(row, None)
+        return column
+
+    def write(self, row: int, values: np.ndarray | None) -> None:
+        """Write a row, and with it its chunk.
+
+        Args:
+            row: which; rows after it in its chunk may hold anything until they are written.
+            values: what; None for no number.
+        """
+        if 0 in self.shape:
+            return
+        place, position = divmod(row, self.chunk[0])
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self._read(place, position))
+        content = self._last[1]
+        content[position] = self.fill if values is None else values
+        encoded = Zstd(level=0).encode(np.ascontiguousarray(content))
+        if self.codecs == CODECS:
+            encoded += google_crc32c.value(encoded).to_bytes(4, "little")
+        file = self._file(place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, encoded)
+
+    def _read(self, place: int, rows: int) -> np.ndarray:
+        """A chunk whose first rows are there, and count."""
+        content = np.full((self.chunk[0], *self.chunk[1:]), self.fill, dtype=self.dtype)
+        if not rows:
+            return content
+        file = self._file(place)
+        key = str(file.relative_to(self.path))
+        if not file.is_file():
+            if self.codecs != CODECS:  # zarr leaves out what equals the fill value
+                return content
+            raise missing_chunk(self.path, key)
+        encoded = file.read_bytes()
+        if self.codecs == CODECS:
+            check_chunk(self.path, key, encoded)
+            encoded = encoded[:-4]
+        try:
+            content[:] = np.frombuffer(Zstd().decode(encoded), dtype=self.dtype).reshape(content.shape)
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(self.path, key, error) from error
+        return content
+
+    def shorten(self, rows: int) -> None:
+        """Remove the chunks of the rows from this one on.
+
+        Args:
+            rows: how many stay.
+        """
+        self._last = None
+        first = -(-rows // self.chunk[0])
+        folder = self.path / self.name / "c"
+        for place in [*folder.iterdir()] if folder.is_dir() else []:
+            if place.name.isdigit() and int(place.name) >= first:
+                discard(place)
+
+    def _file(self, place: int) -> Path:
+        return self.path.joinpath(self.name, "c", str(place), *["0"] * len(self.shape))
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag, check_path, check_whole
+from local_elasticity.base.files import discard, leftover_of, told_of_disk
+from local_elasticity.base.locks import Lock
 from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import zarr
 
 _OWN_SETTINGS = ("model", "loss_fn", "sources", "targets", "update", "engine", "progress")
+FORMAT_VERSION = 1
+OWN_ADVICE = "wait for the call that writes it"
 DIMS = {
     "change": ("source", "target", "output"),
     "gram": ("source", "target"),
@@ -87,7 +91,7 @@ def measure_tiles(
     check_whole("tile", tile)
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
-    out = check_path("out", out)
+    place = check_path("out", out)
     known = inspect.signature(measure).parameters
     for name in settings:
         check_choice("a setting of measure", name, [key for key in known if key not in _OWN_SETTINGS])
@@ -109,8 +113,7 @@ def measure_tiles(
         "self_index": ((n,), (n,), "int64"),
     }
     identity = fingerprint(model, inputs, labels, looked_at, update, {**settings, "update": update.name}, tile)
-    store = _open(Path(out), shapes, (-(-n // tile), -(-m // tile)), identity, overwrite)
-    _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
+    rows, columns = -(-n // tile), -(-m // tile)
 
     def work(row: int, column: int) -> None:
         i, j = slice(row * tile, min((row + 1) * tile, n)), slice(column * tile, min((column + 1) * tile, m))
@@ -123,9 +126,12 @@ def measure_tiles(
             _array(store, "source_change")[i] = impact.source_change.cpu().numpy()
             _array(store, "losses")[i] = impact.losses.cpu().numpy()
 
-    tiles = itertools.product(range(-(-n // tile)), range(-(-m // tile)))
-    run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
-    return _dataset(Path(out), store)
+    with Lock(place, OWN_ADVICE), told_of_disk(place):
+        store = _open(place, shapes, (rows, columns), identity, overwrite)
+        _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
+        tiles = itertools.product(range(rows), range(columns))
+        run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
+    return _dataset(place)
 
 
 def gradient_gram(
@@ -158,7 +164,7 @@ def gradient_gram(
     check_whole("tile", tile)
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
-    out = check_path("out", out)
+    place = check_path("out", out)
     checks.check_loss_function(loss_fn)
     model = inner_module(check_module("model", model))
     checks.check_model(model)
@@ -167,7 +173,7 @@ def gradient_gram(
     u = _cotangents(model, loss_fn, x, y, tile)
     shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}
     identity = fingerprint(model, x, y, x, None, {"gram": True}, tile)
-    store = _open(Path(out), shapes, (-(-n // tile), -(-n // tile)), identity, overwrite)
+    rows = -(-n // tile)
 
     def work(row: int, column: int) -> None:
         i, j = (slice(a * tile, min((a + 1) * tile, n)) for a in (row, column))
@@ -179,10 +185,11 @@ def gradient_gram(
         if row != column:
             _array(store, "gram")[j, i] = block.T
 
-    run_tiles(
-        store, itertools.combinations_with_replacement(range(-(-n // tile)), 2), work, progress, f"{n} x {n} pairs"
-    )
-    return _dataset(Path(out), store)
+    with Lock(place, OWN_ADVICE), told_of_disk(place):
+        store = _open(place, shapes, (rows, rows), identity, overwrite)
+        pairs = itertools.combinations_with_replacement(range(rows), 2)
+        run_tiles(store, pairs, work, progress, f"{n} x {n} pairs")
+    return _dataset(place)
 
 
 def _cotangents(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, tile: int) -> Tensor:
@@ -215,7 +222,7 @@ def run_tiles(
 ) -> None:
     """Do the tiles that are not done yet, and mark each when it has been written; one intra-op thread a task."""
     done = np.asarray(_array(store, "done")[:])
-    left = [place for place in tiles if not done[place]]
+    left = [place for place in tiles if not done[place] or not _is_whole(store, place)]
 
     def one(row: int, column: int) -> None:
         threads = torch.get_num_threads()
@@ -252,34 +259,57 @@ def fingerprint(
 
 
 def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: str, overwrite: bool) -> zarr.Group:
-    import zarr
+    """The store of a measurement: the one that is there, or a new one."""
+    from local_elasticity.base import chunks
 
-    if out.exists() and not overwrite:
-        try:
-            store = zarr.open_group(str(out), mode="r+")
-        except (OSError, ValueError) as error:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / "zarr.json").is_file():
             raise InputError(
-                expected="a zarr store, or a path where nothing is", got=f"{out}: {error}", do="choose another out="
-            ) from error
-        if store.attrs.get("identity") != identity:
+                expected="a zarr store, or a path where nothing is", got=f"{out}", do="choose another out="
+            )
+        attributes = {} if overwrite else chunks.read_document(out)["attributes"]
+        chunks.check_version(attributes.get("format_version", 1), FORMAT_VERSION, str(out))
+        if attributes.get("identity") == identity:
+            return chunks.open_group(out)
+        if not overwrite:
             raise InputError(
                 expected="a store of the same weights, samples, update and settings",
                 got=f"{out}, which belongs to another measurement or was not begun by one",
                 do="choose another out=, or pass overwrite=True",
             )
-        return store
-    store = zarr.open_group(str(out), mode="w")
-    for name, (shape, chunks, dtype) in shapes.items():
-        chunks = tuple(max(1, min(c, s)) for c, s in zip(chunks, shape, strict=True))
-        store.create_array(
-            name, shape=shape, chunks=chunks, dtype=dtype, fill_value=0 if dtype == "int64" else float("nan"),
+    _make(out, shapes, tiles, {"identity": identity, "format_version": FORMAT_VERSION, **chunks.SEALED})
+    return chunks.open_group(out)
+
+
+def _make(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], attributes: dict[str, Any]) -> None:
+    """Build a store beside its place and move it there whole, so that a kill leaves either nothing or a store."""
+    import zarr
+
+    from local_elasticity.base import chunks
+
+    discard(out)
+    building = leftover_of(out)
+    store = zarr.open_group(str(building), mode="w", zarr_format=3)
+    for name, (shape, tile, dtype) in shapes.items():
+        chunks.create_array(
+            *(store, name),
+            shape=shape,
+            chunks=tuple(max(1, min(c, s)) for c, s in zip(tile, shape, strict=True)),
+            dtype=dtype,
+            fill_value=0 if dtype == "int64" else float("nan"),
             dimension_names=DIMS[name],
-        )  # fmt: skip
-    store.create_array(
-        "done", shape=tiles, chunks=(1, 1), dtype="bool", fill_value=False, dimension_names=("row", "column")
+        )
+    chunks.create_array(
+        *(store, "done"),
+        shape=tiles,
+        chunks=(1, 1),
+        dtype="bool",
+        fill_value=False,
+        dimension_names=("row", "column"),
     )
-    store.attrs["identity"] = identity
-    return store
+    store.update_attributes(attributes)
+    zarr.consolidate_metadata(store.store)
+    building.rename(out)
 
 
 def _array(store: zarr.Group, name: str) -> zarr.Array:
@@ -287,13 +317,28 @@ def _array(store: zarr.Group, name: str) -> zarr.Array:
 
     found = store[name]
     assert isinstance(found, zarr.Array)
-    return found
+    return found.with_config({"write_empty_chunks": "checksums" in store.attrs})
 
 
-def _dataset(out: Path, store: zarr.Group) -> xarray.Dataset:
-    import xarray
+def _is_whole(store: zarr.Group, tile: tuple[int, int]) -> bool:
+    """Whether the files of a tile that was written are still there; in older stores that cannot be told."""
+    if "checksums" not in store.attrs:
+        return True
+    root, (row, column) = Path(str(store.store).removeprefix("file://")), tile
+    for name, dims in DIMS.items():
+        belongs = ("source" in dims or row == 0) and ("target" in dims or column == 0)
+        if name not in store or name == "self_index" or not belongs:
+            continue
+        place = {"source": row, "target": column, "output": 0}
+        if not root.joinpath(name, "c", *(str(place[dim]) for dim in dims)).is_file():
+            return False
+    return True
 
-    return xarray.open_zarr(out, chunks=None, consolidated=False, zarr_format=3).drop_vars("done")
+
+def _dataset(out: Path) -> xarray.Dataset:
+    from local_elasticity.base import chunks
+
+    return chunks.open_dataset(out, consolidated=False, chunks=None).drop_vars("done")
 
 
 def _numpy_type(x: Tensor) -> str:
