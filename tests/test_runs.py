@@ -104,7 +104,6 @@ def test_a_kill_while_writing_loses_nothing_that_was_announced(tmp_path, monkeyp
             look(model, tracker, [77])
     same(le.open_run(store).dataset, announced)
 
-    del tracker  # as a process that ends does
     model, tracker = tracked(store, resume=True)
     assert tracker.resume_step == committed
     same(le.open_run(store).dataset, announced)
@@ -141,7 +140,6 @@ def test_resuming_from_a_step_drops_the_rest_only_when_it_is_replaced(tmp_path):
     data = le.open_run(store).dataset.load()
     assert data["step"].values.tolist() == [1, 2, 3]
     assert data["loss"].values.tolist() == [0, 1, 10]
-    del tracker
     tracked(store, resume=1)[1].finish()
     assert le.open_run(store).dataset["step"].values.tolist() == [1]
 

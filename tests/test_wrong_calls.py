@@ -3,7 +3,6 @@
 import math
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from torch.nn import functional as F
 
 import local_elasticity as le
 from local_elasticity import collapse, flows, lesde, networks, phases, runs, similarity
-from local_elasticity.base import checks, tensors
-from local_elasticity.cli import main
 from local_elasticity.errors import InputError
 from local_elasticity.impact.kernel import kernel_diagonal
 from local_elasticity.impact.tiles import gradient_gram, measure_tiles

@@ -87,7 +87,22 @@ _HOMES = {  # imported when first asked for: the command line must be able to an
     "local_elasticity.updates": "SGD Adam Update from_optimizer",
     "local_elasticity.cluster": "LocalElasticityClustering",  # needs an extra, and is therefore not in __all__
 }
-_SUBMODULES = {"collapse", "data", "flows", "lesde", "networks", "similarity"}
+_SUBMODULES = {
+    "base",
+    "classes",
+    "collapse",
+    "data",
+    "errors",
+    "flows",
+    "impact",
+    "kernel_similarity",
+    "lesde",
+    "networks",
+    "runs",
+    "similarity",
+    "training",
+    "updates",
+}
 
 
 def __getattr__(name: str) -> Any:

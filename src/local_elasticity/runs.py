@@ -302,7 +302,7 @@ class ZarrStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = Lock(path, "call finish() on the Tracker that writes it, or delete that Tracker")
+        self.lock = Lock(path, takes_over=True)
         self.columns: dict[str, Any] | None = None  # None also after a write that failed: they are then read again
         self._steps: list[int] = []
         self._text = ""  # of the metadata, as committed

@@ -209,3 +209,43 @@ def test_a_loss_that_fails_at_a_later_source_is_told() -> None:
     by_label = {0: F.cross_entropy, 1: lambda o, t: o.square().sum()}
     with pytest.raises(le.InputError, match="KeyError"):
         measured(lambda model: lambda o, t: by_label[int(t)](o, t))
+
+
+# -- ensembles --------------------------------------------------------------------------------------------------------
+
+
+class WithUnused(nn.Module):
+    """Has a layer that no forward pass takes, and writes to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.unused, self.last = nn.Linear(4, 6), nn.Linear(2, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.relu_()).tanh())
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_ensemble_leaves_weights_without_gradient_and_its_data_alone(route: Any, optimizer: Any) -> None:
+    made, (x, y) = [], samples()
+
+    def make() -> nn.Module:
+        made.append(WithUnused().double())
+        return made[-1]
+
+    first = x.clone()
+    decay = {"lr": RATE, "weight_decay": 0.1}
+    ensemble = le.train_ensemble(
+        make, (x, y), nn.CrossEntropyLoss(), steps=3, replicas=2, batch_size=16, replacement=False, route=route,
+        optimizer=optimizer, validation=(x, y), **decay,
+    )  # fmt: skip
+    assert torch.equal(x, first)
+    for replica, start in enumerate(made):
+        stepping = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](start.parameters(), **decay)
+        for _ in range(3):
+            stepping.zero_grad()
+            F.cross_entropy(start(x.clone()), y).backward()
+            stepping.step()
+        for name, value in start.state_dict().items():
+            torch.testing.assert_close(ensemble.weights[name][replica], value, rtol=1e-9, atol=1e-12)

@@ -19,7 +19,7 @@ from odd_models import Case
 from test_battery import seed_streams
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STEPS, PROBES = 6, 5
+STEPS, PROBES = 6, 3
 WITHOUT_CLASSES = frozenset(  # class tables need a class of each probe
     {
         "one output",
@@ -33,7 +33,11 @@ WITHOUT_CLASSES = frozenset(  # class tables need a class of each probe
     }
 )
 UNTRAINABLE = frozenset({"expanded weight", "weight norm, cached by the user"})  # without a tracker either
-TRACKABLE = [case for case in CASES if case.name not in WITHOUT_CLASSES | UNTRAINABLE]
+TRACKABLE = [
+    case
+    for case in CASES
+    if case.name not in WITHOUT_CLASSES | UNTRAINABLE and not case.name.endswith(", conv")  # their twins do
+]
 
 
 @dataclass
@@ -55,10 +59,10 @@ def train(case: Case, tracked: bool) -> Trained:
         trained = Trained({}, [])
         for count in range(STEPS):
             rows = slice(0, 8) if count % 2 else slice(8, None)
-            optimizer.zero_grad(set_to_none=count != 2)
+            optimizer.zero_grad(set_to_none=count != 3)
             loss = loss_fn(model(x[rows].clone()), y[rows].clone()).sum()
             loss.backward()
-            if tracker is not None and count == 4:
+            if tracker is not None and count == 2:
                 undisturbed(trained, model, optimizer, lambda: tracker.snapshot())
             optimizer.step()
             if tracker is not None:
@@ -88,7 +92,7 @@ def tracker_of(
         (x[:PROBES], y[:PROBES]),
         update=le.from_optimizer(optimizer),
         definitions=(definition,),
-        schedule=le.every(2),
+        schedule=le.every(3),
         mode=case.mode,
     )
 
@@ -109,7 +113,7 @@ def test_tracked_training_is_untracked_training(case: Case) -> None:
         assert case.must_refuse, f"refused: {refusal}"
         return
     assert not case.must_refuse
-    assert tracked.looks == 4
+    assert tracked.looks == 3
     assert tracked.disturbed == []
     untracked = train(case, tracked=False)
     changed = [name for name, value in untracked.state.items() if value != tracked.state[name]]

@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 ATTEMPTS = 50  # each lost only to a lock that was released, or taken over, in the same instant
+_writers: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()  # of this process, by lock file
 SETTLED = 10.0  # seconds after which a lock file without a name in it is not being written any more
 
 
@@ -74,18 +75,22 @@ class Lock:
 
     Args:
         target: what is written; the lock is a hidden file beside it.
-        own_advice: what to do when this very process holds it.
+        takes_over: in one process the newest writer gets the lock, as when a cell of a notebook is run again, and the
+            one before is refused at its next write; else the newest is refused.
     """
 
-    def __init__(self, target: Path, own_advice: str = "finish what writes there first") -> None:
-        self.target, self.own_advice = target, own_advice
+    def __init__(self, target: Path, *, takes_over: bool = False) -> None:
+        self.target, self.takes_over = target, takes_over
         self.path = target.with_name(f".{target.name}.lock")
+        self.is_lost = False  # to a newer writer of this process
         self._release: weakref.finalize | None = None
+        self._earlier: weakref.ref[Lock] | None = None
+        self._pid = 0
 
     @property
     def is_held(self) -> bool:
-        """Whether this object holds it."""
-        return self._release is not None and self._release.alive
+        """Whether this object holds it; a forked child does not."""
+        return self._release is not None and self._release.alive and self._pid == os.getpid()
 
     def acquire(self) -> None:
         """Take it.
@@ -93,14 +98,26 @@ class Lock:
         Raises:
             InputError: when another has it, or the place cannot be written.
         """
+        if self.is_lost:
+            raise InputError(
+                expected=f"the only writer of {self.target}",
+                got="one that a newer writer of this process has taken over from",
+                do="use the newer one, or another place",
+            )
         if self.is_held:
             return
+        earlier = _writers.get(str(self.path.absolute()))
+        if self.takes_over and earlier is not None and earlier.is_held:
+            earlier.release()
+            earlier.is_lost, self._earlier = True, weakref.ref(earlier)
         with told_of_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(ATTEMPTS):
                 descriptor = self._try()
                 if descriptor is not None:
+                    self._pid = os.getpid()
                     self._release = weakref.finalize(self, _let_go, descriptor, self.path, os.getpid())
+                    _writers[str(self.path.absolute())] = self
                     return
         raise self._refusal(None)
 
@@ -108,6 +125,14 @@ class Lock:
         """Give it back; nothing happens where it is not held."""
         if self._release is not None:
             self._release()
+            self._release = None
+
+    def withdraw(self) -> None:
+        """Give it back before anything was written: a writer that it was taken over from may go on."""
+        self.release()
+        earlier = self._earlier() if self._earlier is not None else None
+        if earlier is not None:
+            earlier.is_lost = False
 
     def _try(self) -> int | None:
         """The descriptor of the lock; None when trying again may help."""
@@ -158,7 +183,7 @@ class Lock:
             advice = "wait for it, stop it, or choose another place"
         elif (holder.pid, holder.host) == (os.getpid(), socket.gethostname()):
             who = f"one that this process ({holder.pid} on {holder.host}) has been writing since {holder.since}"
-            advice = f"{self.own_advice}, or choose another place"
+            advice = "wait until that is done, or choose another place"
         else:
             who = f"one that process {holder.pid} on {holder.host} has been writing since {holder.since}"
             advice = f"wait for it, stop it, or choose another place; if it is no more, remove {self.path}"

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _OWN_SETTINGS = ("model", "loss_fn", "sources", "targets", "update", "engine", "progress")
 FORMAT_VERSION = 1
-OWN_ADVICE = "wait for the call that writes it"
 DIMS = {
     "change": ("source", "target", "output"),
     "gram": ("source", "target"),
@@ -126,7 +125,7 @@ def measure_tiles(
             _array(store, "source_change")[i] = impact.source_change.cpu().numpy()
             _array(store, "losses")[i] = impact.losses.cpu().numpy()
 
-    with Lock(place, OWN_ADVICE), told_of_disk(place):
+    with Lock(place), told_of_disk(place):
         store = _open(place, shapes, (rows, columns), identity, overwrite)
         _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
         tiles = itertools.product(range(rows), range(columns))
@@ -185,7 +184,7 @@ def gradient_gram(
         if row != column:
             _array(store, "gram")[j, i] = block.T
 
-    with Lock(place, OWN_ADVICE), told_of_disk(place):
+    with Lock(place), told_of_disk(place):
         store = _open(place, shapes, (rows, rows), identity, overwrite)
         pairs = itertools.combinations_with_replacement(range(rows), 2)
         run_tiles(store, pairs, work, progress, f"{n} x {n} pairs")

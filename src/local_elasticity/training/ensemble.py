@@ -29,7 +29,7 @@ from local_elasticity.impact.problem import widened
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
-from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route
+from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route, idle_weights
 from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error
 from local_elasticity.training.lockstep.optimizers import Rule
 from local_elasticity.training.lockstep.routes import Loop, Problem, Stack
@@ -273,6 +273,7 @@ def train_ensemble(
     stack = _placed(stack, dtype, device)
     problem = Problem(_cast(x, dtype, device), _cast(y, dtype, device), loss_fn, rule, batch_size)
     outputs = _check_outputs(stack, problem)
+    stack.idle = idle_weights(stack, problem)
     checking = _Looks.of(validation, validate, steps, 20, "validation", dtype, device)
     probing = _Looks.of(probes, probe, steps, 100, "probes", dtype, device)
     _check_looks(checking, probing, outputs, collapse_layers, stack.template)
@@ -486,7 +487,7 @@ class _Session:
         for position in range(len(ensemble.replicas)):
             _load(model, ensemble.weights, ensemble.buffers, position)
             with preserved(model, "eval", restore_streams=True), _output_of(model) as out:
-                layers = layer_outputs(model, x, names)
+                layers = layer_outputs(model, x.clone(), names)
             seen.append({"outputs": _rows(out[0]), **layers})
         return {name: torch.stack([one[name] for one in seen]) for name in ensemble.layers}
 
@@ -694,7 +695,7 @@ def _check_outputs(stack: Stack, problem: Problem) -> int:
     n = problem.batch_size
     with torch.no_grad(), preserved(model, "as_is", restore_streams=True):
         try:
-            out = model(problem.inputs[:n])
+            out = model(problem.inputs[:n].clone())
         except RuntimeError as error:
             raise InputError(
                 expected="a network for these inputs",

@@ -55,7 +55,7 @@ class EnsembleStore:
     def __init__(self, folder: Path, resumed: bool) -> None:
         self.folder, self.resumed = folder, resumed
         self.written = 0
-        self.lock = Lock(folder / ARRAYS, "wait for the training that writes it")
+        self.lock = Lock(folder / ARRAYS)
 
     @classmethod
     def open(

@@ -519,7 +519,7 @@ class Tracker:
             with told_of_disk(path):
                 self._take_up(path, resume)
         except BaseException:
-            self._store.close()
+            self._store.lock.withdraw()
             raise
 
     def _take_up(self, path: Path, resume: bool | int) -> None:

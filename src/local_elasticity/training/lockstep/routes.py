@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from local_elasticity.errors import InputError
+from local_elasticity.impact.shadows import private
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.chain import Chain, find_chain
@@ -58,10 +59,17 @@ class Stack:
         template: one of them; its own weights are not used.
         weights: name -> (replica, ...).
         buffers: name -> (replica, ...).
+        idle: names of weights that get no gradient: as in ``torch.optim`` nothing moves them, no decay either.
     """
 
-    def __init__(self, template: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-        self.template, self.weights, self.buffers = template, weights, buffers
+    def __init__(
+        self,
+        template: nn.Module,
+        weights: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        idle: frozenset[str] = frozenset(),
+    ) -> None:
+        self.template, self.weights, self.buffers, self.idle = template, weights, buffers, idle
 
     @classmethod
     def of(cls, models: Sequence[nn.Module]) -> Stack:
@@ -90,6 +98,7 @@ class Stack:
             copy.deepcopy(self.template),
             {name: w[start:stop] for name, w in self.weights.items()},
             {name: b[start:stop] for name, b in self.buffers.items()},
+            self.idle,
         )
 
     def to(self, dtype: torch.dtype) -> Stack:
@@ -102,6 +111,7 @@ class Stack:
             copy.deepcopy(self.template).to(dtype),
             {name: convert(w) for name, w in self.weights.items()},
             {name: convert(b) for name, b in self.buffers.items()},
+            self.idle,
         )
 
     def __len__(self) -> int:
@@ -110,7 +120,7 @@ class Stack:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The weights that training moves."""
-        wanted = {name for name, p in self.template.named_parameters() if p.requires_grad}
+        wanted = {name for name, p in self.template.named_parameters() if p.requires_grad} - self.idle
         return {name: w for name, w in self.weights.items() if name in wanted}
 
 
@@ -139,7 +149,9 @@ class Route(ABC):
     def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """What every replica says of the same samples, in eval mode."""
         with torch.no_grad():
-            parts = [self.look(part) for part in x.split(max(1, min(4096, self.at_once // max(1, x[0].numel()))))]
+            parts = [
+                self.look(private(part)) for part in x.split(max(1, min(4096, self.at_once // max(1, x[0].numel()))))
+            ]
         return torch.cat(parts, dim=1)
 
     @property
@@ -175,7 +187,7 @@ class Kernels(Route):
     def __init__(self, stack: Stack, problem: Problem, chain: Chain | None = None) -> None:
         super().__init__(stack, problem)
         if chain is None:
-            chain = find_chain(stack.template, problem.inputs[:2])
+            chain = find_chain(stack.template, problem.inputs[:2].clone())
         modules = [(name, stack.template.get_submodule(name)) for name, _ in chain]
 
         def layers(weights: Mapping[str, Tensor]) -> list[Kernel]:
@@ -290,7 +302,7 @@ class Loop(Route):
 
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """One gradient after the other, then the step of all."""
-        outputs, losses, gradients = [], [], []
+        outputs, losses, gradients, trained = [], [], [], self.stack.trained
         here = random_state()
         try:
             for i, model in enumerate(self.models):
@@ -299,7 +311,7 @@ class Loop(Route):
                         generator.set_state(stream)
                 out = model(self.problem.inputs[index[i]])
                 loss = self.problem.loss_fn(out, self.problem.labels[index[i]])
-                named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                named = {name: p for name, p in model.named_parameters() if name in trained}
                 found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
                 gradients.append(
                     {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
@@ -344,6 +356,20 @@ class Loop(Route):
 ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
 
 
+def idle_weights(stack: Stack, problem: Problem) -> frozenset[str]:
+    """Names of the trainable weights that the loss of the first samples does not reach."""
+    model = copy.deepcopy(stack.template)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    some = slice(0, problem.batch_size)
+    try:
+        with preserved(model, "as_is", problem.loss_fn, restore_streams=True):
+            loss = problem.loss_fn(model(problem.inputs[some].clone()), problem.labels[some].clone())
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # told by the first real step
+        return frozenset()
+    return frozenset(name for name, gradient in zip(named, found, strict=True) if gradient is None)
+
+
 def choose_route(stack: Stack, problem: Problem) -> RouteName:
     """The fastest route that this network allows, tried on two of its replicas.
 
@@ -382,7 +408,7 @@ def agrees(stack: Stack, problem: Problem) -> bool:
     Raises:
         Unsupported: when there are no kernels for this network.
     """
-    chain = find_chain(stack.template, problem.inputs[:2])
+    chain = find_chain(stack.template, problem.inputs[:2].clone())
     replicas, batch = len(stack), problem.batch_size
     some = torch.arange(replicas * batch, device=problem.inputs.device) % len(problem.inputs)
     labels = problem.labels[some]
