@@ -5,13 +5,13 @@ attempt with the file that it wrote last cut in half.
 """
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
 import random
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from local_elasticity.training import ensemble
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that copy themselves (no Windows)")
 
-PATIENCE = 100  # seconds after which a process hangs
+PATIENCE = 40  # seconds after which a process hangs
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -119,11 +119,9 @@ def _work(subject: Subject, folder: Path, at: float, tear: bool, out: int) -> No
     status = 1
     try:
         torch.set_num_threads(1)
-        timer = threading.Timer(PATIENCE, os._exit, (2,))
-        timer.daemon = True
-        timer.start()
         os.dup2(out, 1)
         os.dup2(out, 2)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         strike = Strike(folder, at, tear)
         with contextlib.suppress(SystemExit):
