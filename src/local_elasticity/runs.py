@@ -501,7 +501,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
             raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
         stored = _stored_configuration(note)
         ours = is_ours(out)
-        if out.exists() and not ours and not _holds_notes_only(out):
+        if out.exists() and not ours and not holds_notes_only(out):
             raise InputError(
                 expected="an empty folder, or one that a run or a study made",
                 got=f"something else in {out}",
@@ -510,7 +510,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         if overwrite and ours:
             clear_folder(out)
             stored = None
-        elif ours and _holds_notes_only(out):
+        elif ours and holds_notes_only(out):
             stored = None  # a run that failed before it wrote anything may be tried again with other settings
         out.mkdir(parents=True, exist_ok=True)
     now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
@@ -541,7 +541,7 @@ def clear_folder(out: Path) -> None:
                 discard(path)
 
 
-def _holds_notes_only(out: Path) -> bool:
+def holds_notes_only(out: Path) -> bool:
     """Whether a folder has nothing but what is written before a run, and what a kill in its making leaves."""
     names = {path.name for path in out.iterdir()} - NOTES
     return all(name.endswith(".lock") and name.startswith(".") for name in names)
