@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_path
 from local_elasticity.base.files import discard, leftover_of, told_of_disk, write_whole
 from local_elasticity.base.locks import Lock
 from local_elasticity.errors import InputError
@@ -184,12 +185,13 @@ def open_run(path: str | Path) -> Run:
         InputError: when there is nothing, or something that is not a run; for a run of a newer format, or one with
             damaged metadata or missing chunks. A chunk that is damaged is refused when it is read.
     """
-    with told_of_disk(Path(path)):
+    path = check_path("path", path)
+    with told_of_disk(path):
         place = locate(path)
         if place is None:
             raise InputError(
                 expected="a run: a folder with run.zarr in it, or run.zarr itself",
-                got=f"{_what_is_at(Path(path))} at {path}",
+                got=f"{_what_is_at(path)} at {path}",
                 do="pass the --out of 'local-elasticity track' or the store of a Tracker",
             )
     return Run(open_checked(place), place)
