@@ -185,13 +185,13 @@ def open_run(path: str | Path) -> Run:
         InputError: when there is nothing, or something that is not a run; for a run of a newer format, or one with
             damaged metadata or missing chunks. A chunk that is damaged is refused when it is read.
     """
-    path = check_path("path", path)
-    with told_of_disk(path):
-        place = locate(path)
+    there = check_path("path", path)
+    with told_of_disk(there):
+        place = locate(there)
         if place is None:
             raise InputError(
                 expected="a run: a folder with run.zarr in it, or run.zarr itself",
-                got=f"{_what_is_at(path)} at {path}",
+                got=f"{_what_is_at(there)} at {path}",
                 do="pass the --out of 'local-elasticity track' or the store of a Tracker",
             )
     return Run(open_checked(place), place)
