@@ -42,6 +42,7 @@ class Disk:
     def __init__(self) -> None:
         self.folder: str | None = None
         self.writes, self.last, self.is_torn = 0, 0, False
+        self.renamed: list[tuple[int, str]] = []
         sys.addaudithook(self._look)
 
     def run(self, command, folder, announce, last, is_torn=False):
@@ -49,7 +50,7 @@ class Disk:
 
         Torn: the file of that write is there, and empty.
         """
-        self.folder, self.writes, self.last, self.is_torn = str(folder), 0, last, is_torn
+        self.folder, self.writes, self.last, self.is_torn, self.renamed = str(folder), 0, last, is_torn, []
         try:
             return command(folder, announce)
         except Killed:
@@ -61,6 +62,8 @@ class Disk:
         if self.folder is None or not self._is_write(event, arguments):
             return
         self.writes += 1
+        if event == "os.rename":
+            self.renamed.append((self.writes, os.path.basename(arguments[1])))
         if self.writes == self.last and self.is_torn and event == "open" and arguments[2] & os.O_TRUNC:
             folder, self.folder = self.folder, None
             open(arguments[0], "wb").close()  # noqa: SIM115
@@ -90,16 +93,14 @@ def network():
 def track(folder: Path, announce):
     """As ``local-elasticity track``: a run with a checkpoint at every snapshot."""
     model = network()
-    session = Session(
-        model, F.cross_entropy, (X, Y), Training(2, 3, "adam", 0.01), checkpoints=folder / "checkpoint"
-    )
+    session = Session(model, F.cross_entropy, (X, Y), Training(2, 4, "adam", 0.01), checkpoints=folder / "checkpoint")
     resume = prepare_folder(folder, {"epochs": 2}, overwrite=False)
     tracker = le.Tracker(
         model,
         F.cross_entropy,
-        (X[:6], Y[:6]),
-        update={"probe": le.SGD(lr=0.1), "live": le.from_optimizer(session.optimizer)},
-        schedule=le.every(3, per="epoch"),
+        (X[:3], Y[:3]),
+        update=le.from_optimizer(session.optimizer),
+        schedule=le.every(2, per="epoch"),
         store=folder / "run.zarr",
         resume=resume,
         before_commit=session.save,
@@ -109,7 +110,7 @@ def track(folder: Path, announce):
     for progress in session.run(tracker):
         if progress.look is not None:
             announce(progress.update)
-    data = tracker.finish().dataset
+    data = tracker.finish().dataset.load()
     result = {str(name): data[name].values for name in data.variables if name != "seconds"}
     return result | {name: value.detach().numpy() for name, value in model.state_dict().items()}
 
@@ -145,7 +146,7 @@ def train(folder: Path, announce):
         )
     finally:
         ensemble._CHECKPOINT_SECONDS, ensemble.EnsembleStore = seconds, store
-    data = le.open_ensemble(folder)
+    data = le.open_ensemble(folder).load()
     result = {str(name): data[name].values for name in data.variables}
     return result | {name: value.numpy() for name, value in trained.weights.items()}
 
