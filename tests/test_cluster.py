@@ -123,7 +123,7 @@ def test_bad_input():
     model = MLP(4, 1, depth=1, width=8)
     bad = [
         ({"similarity": "relativ"}, "did you mean 'relative'"),
-        ({"clusterer": "dbscan"}, "clusterer in"),
+        ({"clusterer": "dbscan"}, "clusterer: one of"),
         ({"n_clusters": 31}, "n_samples=30"),
         ({"n_clusters": 0}, "n_clusters=0"),
         ({"normalise": True}, "kernelised"),

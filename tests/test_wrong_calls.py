@@ -579,6 +579,7 @@ def place(tmp_path_factory, monkeypatch):
 
 def assert_ours(error: InputError) -> None:
     for part in (error.expected, error.got, error.do):
+        assert isinstance(part, str)
         assert part.strip()
         assert "\n" not in part
     assert len(str(error)) < 700

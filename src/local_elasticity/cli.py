@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from local_elasticity import interrupts
+from local_elasticity.base.files import DISK, refusal_of
 from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(str(error))
         except CycloptsError as error:
             _refuse(" ".join(str(error).split()) + "; see --help")
+        except OSError as error:
+            if error.filename is None and error.errno not in DISK:  # not of a file
+                raise
+            _refuse(str(refusal_of(error)))
         else:
             sys.stdout.flush()
             sys.exit(status if isinstance(status, int) else 0)

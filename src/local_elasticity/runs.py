@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.base.checks import check_path
 from local_elasticity.base.files import discard, leftover_of, told_of_disk, write_whole
 from local_elasticity.base.locks import Lock
 from local_elasticity.errors import InputError
@@ -184,12 +185,13 @@ def open_run(path: str | Path) -> Run:
         InputError: when there is nothing, or something that is not a run; for a run of a newer format, or one with
             damaged metadata or missing chunks. A chunk that is damaged is refused when it is read.
     """
-    with told_of_disk(Path(path)):
-        place = locate(path)
+    there = check_path("path", path)
+    with told_of_disk(there):
+        place = locate(there)
         if place is None:
             raise InputError(
                 expected="a run: a folder with run.zarr in it, or run.zarr itself",
-                got=f"{_what_is_at(Path(path))} at {path}",
+                got=f"{_what_is_at(there)} at {path}",
                 do="pass the --out of 'local-elasticity track' or the store of a Tracker",
             )
     return Run(open_checked(place), place)
@@ -501,7 +503,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
             raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
         stored = _stored_configuration(note)
         ours = is_ours(out)
-        if out.exists() and not ours and not _holds_notes_only(out):
+        if out.exists() and not ours and not holds_notes_only(out):
             raise InputError(
                 expected="an empty folder, or one that a run or a study made",
                 got=f"something else in {out}",
@@ -510,7 +512,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         if overwrite and ours:
             clear_folder(out)
             stored = None
-        elif ours and _holds_notes_only(out):
+        elif ours and holds_notes_only(out):
             stored = None  # a run that failed before it wrote anything may be tried again with other settings
         out.mkdir(parents=True, exist_ok=True)
     now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
@@ -541,7 +543,7 @@ def clear_folder(out: Path) -> None:
                 discard(path)
 
 
-def _holds_notes_only(out: Path) -> bool:
+def holds_notes_only(out: Path) -> bool:
     """Whether a folder has nothing but what is written before a run, and what a kill in its making leaves."""
     names = {path.name for path in out.iterdir()} - NOTES
     return all(name.endswith(".lock") and name.startswith(".") for name in names)

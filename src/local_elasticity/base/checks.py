@@ -493,6 +493,41 @@ def check_path(name: str, value: Any, *, or_none: bool = False) -> Any:
         ) from error
 
 
+def check_place(name: str, value: Any, *, or_none: bool = False) -> Any:
+    """Check a path at which something can be made: none of the folders that lead there is a file.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        or_none: whether None may be, too.
+
+    Returns:
+        A ``Path``, or None.
+
+    Raises:
+        InputError: as `check_path`, and for a path through a file.
+    """
+    path = check_path(name, value, or_none=or_none)
+    for folder in () if path is None else path.parents:
+        try:
+            if folder.is_dir():
+                break
+            is_other = folder.exists()
+        except OSError as error:
+            raise InputError(
+                expected=f"{name}: a path in folders that can be read",
+                got=in_words(str(path)),
+                do="choose another path",
+            ) from error
+        if is_other:
+            raise InputError(
+                expected=f"{name}: a path in a folder",
+                got=f"{str(folder)!r}, which is a file",
+                do="choose another path",
+            )
+    return path
+
+
 def check_instance(name: str, value: Any, kind: type | tuple[type, ...], example: str, *, or_none: bool = False) -> Any:
     """Check that a value is of a class of ours, or None.
 

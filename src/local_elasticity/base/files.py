@@ -13,6 +13,7 @@ from local_elasticity.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK = (*FULL, errno.EIO)  # what the operating system says without naming a file
 VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
@@ -86,10 +87,12 @@ def told_of_disk(path: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        InputError: in place of any OSError.
+        InputError: in place of an OSError of a disk.
     """
     try:
         yield
+    except (ConnectionError, TimeoutError, InterruptedError):  # not of a disk
+        raise
     except OSError as error:
         raise refusal_of(error, path) from error
 

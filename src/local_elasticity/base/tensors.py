@@ -445,14 +445,17 @@ def _first_sizes(model: nn.Module) -> str:
     return ""
 
 
-def try_loss(loss_fn: Callable[..., Any], outputs: Tensor, labels: Tensor, name: str = "loss_fn") -> Tensor:
-    """Call a loss on outputs and labels of one sample; what it raises is refused in our words.
+def try_loss(
+    loss_fn: Callable[..., Any], outputs: Tensor, labels: Tensor, name: str = "loss_fn", *, scalar: bool = False
+) -> Tensor:
+    """Call a loss on outputs and labels; what it raises is refused in our words.
 
     Args:
         loss_fn: the loss.
-        outputs: of the network, at one sample.
-        labels: of that sample.
+        outputs: of the network.
+        labels: of the same samples.
         name: of the loss.
+        scalar: whether one number must come without dimensions.
 
     Returns:
         One number, as a scalar tensor.
@@ -466,11 +469,11 @@ def try_loss(loss_fn: Callable[..., Any], outputs: Tensor, labels: Tensor, name:
         raise
     except Exception as error:
         raise refusal_of_loss(outputs, labels, name, error) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex() or (scalar and loss.dim()):
         raise InputError(
             expected=f"{name} that returns one real number as a tensor",
             got=in_words(loss) if not isinstance(loss, Tensor) else f"{loss.dtype} of shape {tuple(loss.shape)}",
-            do="reduce over the outputs, and return the tensor itself, not loss.item()",
+            do="reduce it, as reduction='mean' does, and return the tensor itself, not loss.item()",
         )
     return loss.reshape(())
 

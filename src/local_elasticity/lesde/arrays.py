@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.checks import as_numbers, plain_array
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +22,8 @@ def is_tensor(value: Any) -> bool:
 
 def to_numpy(value: Any, name: str) -> np.ndarray:
     """A NumPy array of numbers, float64 unless it was another floating type."""
-    if is_tensor(value):
-        value = value.detach().cpu().numpy()
-    try:
-        array = np.asarray(value)
-        return array if array.dtype.kind == "f" else array.astype(np.float64)
-    except (TypeError, ValueError):
-        raise InputError(
-            expected=f"{name} as numbers", got=f"{type(value).__name__}: {value!r:.60}", do="pass an array of numbers"
-        ) from None
+    array = plain_array(value)
+    return array if array is not None and array.dtype.kind == "f" else as_numbers(name, value)
 
 
 @dataclass(frozen=True)

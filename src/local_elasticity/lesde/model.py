@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import check_choice, check_flag, check_probability, check_real, check_whole
 from local_elasticity.errors import InputError
 from local_elasticity.lesde import exact
 from local_elasticity.lesde.arrays import Array, Like, is_tensor, to_numpy
@@ -75,12 +76,10 @@ class LESDE:
         acts_on: ActsOn = "class_mean",
         start: float = 0.0,
     ) -> None:
-        if int(n_classes) != n_classes or n_classes < 2:
-            raise InputError(expected="K >= 2 classes", got=f"n_classes = {n_classes}", do="pass at least two classes")
-        if acts_on not in ("class_mean", "own"):
-            raise InputError(expected='acts_on "class_mean" or "own"', got=repr(acts_on), do="choose one")
-        self.n_classes = k = int(n_classes)
-        self.start, self.kind, self.acts_on = float(start), kind, acts_on
+        self.n_classes = k = check_whole("n_classes", n_classes, 2)
+        self.kind: Kind = check_choice("kind", kind, Kind)
+        self.acts_on: ActsOn = check_choice("acts_on", acts_on, ActsOn)
+        self.start = check_real("start", start)
         self.alpha, self.beta = as_rate(alpha, "alpha", kind), as_rate(beta, "beta", kind)
         means, variance = _initial(initial)
         self.like = Like.of(means)
@@ -102,6 +101,8 @@ class LESDE:
         )
         self.drift = as_drift(drift, k, p)
         self.noise = as_noise(sigma, k, p, kind)
+        for rate in (self.alpha, self.beta):  # tried once: a function may raise, or give no number
+            rate(np.array([max(self.start, rate.begin)]))
         self.weights = _weights(class_weights, k)
 
     # --- the equation --------------------------------------------------------------------------------------------
@@ -135,10 +136,7 @@ class LESDE:
         Raises:
             InputError: unless 0 <= p <= 1.
         """
-        if not 0 <= p <= 1:
-            raise InputError(
-                expected="a probability of a wrong label, 0 to 1", got=f"{p}", do="pass a share, not percent"
-            )
+        p = check_probability("p", p)
         k = self.n_classes
         shrink = (1 - p * k / (k - 1)) ** 2
         own, other = (1 + (k - 1) * shrink) / k, (k - 1) * (1 - shrink) / k
@@ -180,6 +178,7 @@ class LESDE:
         Raises:
             InputError: for times before the start or beyond the samples of alpha and beta, or numbers beyond float64.
         """
+        check_flag("log", log)
         times, like = self._times(t)
         found = exact.mean(self, times)
         if log:
@@ -200,8 +199,9 @@ class LESDE:
         Raises:
             InputError: as `mean` does.
         """
+        check_flag("log", log)
         times, like = self._times(t)
-        _at_least("samples a class", n, 1)
+        check_whole("n", n)
         found = exact.covariance(self, times, n)
         if log:
             sign, magnitude = found.logarithmic()

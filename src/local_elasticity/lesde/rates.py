@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from local_elasticity.base.checks import in_words, plain_array
 from local_elasticity.errors import InputError
 from local_elasticity.lesde.arrays import to_numpy
 
@@ -98,7 +100,14 @@ def as_rate(value: Any, name: str, kind: Kind = "linear") -> Rate:
     if isinstance(value, Rate):
         return value
     if callable(value):
+        check_function_of_time(name, value)
         return Rate(name, vectorised(value, name))
+    if isinstance(value, str):
+        raise InputError(
+            expected=f"{name} as a number, a function of time, or (times, values)",
+            got=in_words(value),
+            do=f"write {name}=lambda t: ..., or a number without quotes",
+        )
     if isinstance(value, tuple) and len(value) == 2:
         return _sampled(value, name, kind)
     array = to_numpy(value, name)
@@ -140,15 +149,40 @@ def vectorised(function: Callable[[Any], Any], name: str) -> Callable[[Numbers],
 
 
 def _scalar(function: Callable[[Any], Any], t: np.float64, name: str) -> float:
-    with np.errstate(all="ignore"):  # what is not finite is refused with its time
-        value = np.asarray(function(t), dtype=np.float64)
-    if value.size != 1:
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is refused with its time
+            given = function(t)
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
             expected=f"{name} as a function of time that returns one number",
-            got=f"an array of shape {value.shape} at t = {t:g}",
+            got=f"{type(error).__name__} at t = {t:g}",
+            do=f"make {name}({t:g}) work by itself first",
+        ) from error
+    value = plain_array(given)
+    if value is None or value.dtype.kind not in "biuf" or value.size != 1:
+        raise InputError(
+            expected=f"{name} as a function of time that returns one number",
+            got=f"{in_words(given)} at t = {t:g}",
             do="return a number",
         )
+    value = value.astype(np.float64)
     return float(value.reshape(()))
+
+
+def check_function_of_time(name: str, function: Any) -> None:
+    """Refuse a function that cannot be called with a time alone."""
+    try:
+        inspect.signature(function).bind(0.0)
+    except TypeError as error:
+        raise InputError(
+            expected=f"{name} as a function of one time",
+            got=in_words(function),
+            do=f"write for example {name}=lambda t: 0.02 * math.exp(-t / 2000)",
+        ) from error
+    except ValueError:  # some compiled functions have no signature
+        return
 
 
 def _sampled(samples: tuple[Any, Any], name: str, kind: Kind) -> Rate:

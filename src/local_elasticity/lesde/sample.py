@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from local_elasticity.base.checks import check_choice, check_flag, check_real, check_whole, in_words, is_whole
+from local_elasticity.base.tensors import check_callable, check_device
 from local_elasticity.errors import InputError
 from local_elasticity.impact.progress import Progress
 from local_elasticity.lesde import exact
@@ -93,17 +95,21 @@ def sample(
 ) -> Any:
     """Draw paths; see `LESDE.sample`."""
     times, like = _increasing(sde, t)
-    for what, value in (("samples a class", n_per_class), ("paths", n_paths)):
-        if int(value) != value or value < 1:
-            raise InputError(expected=f"{what}: a whole number >= 1", got=str(value), do="raise it")
-    like = Like(dtype or like.dtype, like.device if device is None else torch.device(device))
-    if like.dtype not in ("float32", "float64"):
-        raise InputError(expected="dtype float32 or float64", got=like.dtype, do="pass dtype=...")
+    check_whole("n_per_class", n_per_class)
+    check_whole("n_paths", n_paths)
+    check_choice("method", method, Method)
+    check_choice("keep", keep, Keep, or_none=True)
+    check_real("step", step, 0.0, above=True, or_none=True)
+    check_flag("progress", progress)
+    if velocity is not None:
+        check_callable("velocity", velocity, 2, "lambda t, means: 0 * means")
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    check_choice("dtype", like.dtype if dtype is None else dtype, ("float32", "float64"))
+    chosen = check_device("device", device)
+    like = Like(dtype or like.dtype, like.device if chosen is None else chosen)
     on = torch.device("cpu") if like.device is None else like.device
     generator = as_generator(seed, on)
     keep = keep or ("means" if method == "published" else "clouds")
-    if keep not in ("clouds", "means", "statistics"):
-        raise InputError(expected='keep "clouds", "means" or "statistics"', got=repr(keep), do="choose one")
     request = _Request(times, int(n_per_class), int(n_paths), keep, getattr(torch, like.dtype), on, generator)
     if method == "published":
         result = published(sde, request, starts, out)
@@ -115,8 +121,6 @@ def sample(
         "discrete": lambda: _discrete(sde, request, 1.0 if step is None else step),
         "euler-maruyama": lambda: _euler(sde, request, step, velocity),
     }
-    if method not in makers:
-        raise InputError(expected=f"a method: {', '.join([*makers, 'published'])}", got=repr(method), do="choose one")
     return _collect(sde, request, like, makers[method](), method, progress)
 
 
@@ -133,6 +137,12 @@ def as_generator(seed: Any, device: torch.device) -> torch.Generator:
         return seed
     if isinstance(seed, np.random.Generator):
         seed = int(seed.integers(2**62))
+    if not is_whole(seed) or not 0 <= seed < 2**63:
+        raise InputError(
+            expected="seed: a whole number >= 0, a torch generator or a NumPy generator",
+            got=in_words(seed),
+            do="write for example seed=0",
+        )
     return torch.Generator(device).manual_seed(int(seed))
 
 

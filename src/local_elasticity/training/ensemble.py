@@ -23,6 +23,28 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from local_elasticity.base.checks import (
+    check_choice,
+    check_flag,
+    check_mapping,
+    check_names,
+    check_place,
+    check_seed,
+    check_whole,
+    check_whole_list,
+    in_words,
+    is_whole,
+    plain_array,
+)
+from local_elasticity.base.tensors import (
+    check_callable,
+    check_device,
+    check_dtype,
+    check_module,
+    check_pair,
+    try_loss,
+    try_model,
+)
 from local_elasticity.collapse import GEOMETRY, layer_outputs, metrics_of_many
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.problem import widened
@@ -34,7 +56,7 @@ from local_elasticity.training.lockstep.losses import LossFunction, is_cross_ent
 from local_elasticity.training.lockstep.optimizers import Rule
 from local_elasticity.training.lockstep.routes import Loop, Problem, Stack
 from local_elasticity.training.recording import BLOCK, EnsembleStore
-from local_elasticity.training.schedule import Budget, Moment, Schedule, every
+from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -256,19 +278,40 @@ def train_ensemble(
     """
     rule = Rule(optimizer, lr, momentum, weight_decay, betas, eps)
     numbers = _numbers(replicas)
-    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or int(value) != value or value < least:
-            raise InputError(expected=f"{name}: a whole number >= {least}", got=repr(value), do=f"correct {name}")
+    check_whole("steps", steps)
+    check_whole("batch_size", batch_size)
+    check_seed("seed", seed)
+    check_whole("stop_at", stop_at, 0, steps, or_none=True)
+    check_choice("route", route, ROUTES, or_none=True)
+    check_whole("chunk_size", chunk_size, or_none=True)
+    check_whole("threads", threads, or_none=True)
+    for name, flag in (("replacement", replacement), ("resume", resume), ("progress", progress)):
+        check_flag(name, flag)
+    if log is not None:
+        check_flag("log", log)
+    check_callable("make_model", make_model, 0, "lambda: le.networks.MLP(8, 3)")
+    check_callable("loss_fn", loss_fn, 2, "torch.nn.functional.cross_entropy")
+    if callback is not None:
+        check_callable("callback", callback, 2, "lambda step, ensemble: print(step)")
+    for name, schedule in (("validate", validate), ("probe", probe), ("call", call)):
+        check_schedule(name, schedule, or_none=True)
+    if call is not None and callback is None:
+        raise InputError(
+            expected="a callback with its schedule call", got="none", do="pass callback=, or leave call out"
+        )
+    configuration = check_mapping("configuration", configuration, or_none=True)
+    store, device = check_place("store", store, or_none=True), check_device("device", device)
+    collapse_layers = check_names("collapse_layers", collapse_layers, least=0, distinct=True)
+    trackers = _checked_trackers(trackers, len(numbers))
+    check_dtype("dtype", dtype)
     last = steps if stop_at is None else stop_at
-    if not 0 <= last <= steps:
-        raise InputError(expected=f"0 <= stop_at <= steps={steps}", got=str(stop_at), do="correct stop_at")
     x, y = _checked(data, "data")
     if batch_size > len(x):
         raise InputError(
             expected=f"batch_size of at most the {len(x)} samples", got=str(batch_size), do="use smaller batches"
         )
     stack = Stack.of(_make(make_model, numbers, seed))
-    device = torch.device(device) if device is not None else next(iter(stack.weights.values())).device
+    device = device if device is not None else next(iter(stack.weights.values())).device
     dtype = dtype or next(iter(stack.weights.values())).dtype
     stack = _placed(stack, dtype, device)
     problem = Problem(_cast(x, dtype, device), _cast(y, dtype, device), loss_fn, rule, batch_size)
@@ -280,11 +323,7 @@ def train_ensemble(
     calls = frozenset(due(call or every(1), steps)) if callback else frozenset()
     with _one_thread() as available:
         chosen = route if route is not None else choose_route(stack, problem)
-        if chosen not in ROUTES:
-            raise InputError(expected="a route", got=repr(chosen), do=nearest(str(chosen), ROUTES))
         chunk = min(chunk_size or default_chunk(stack, chosen), len(numbers))
-        if chunk < 1:
-            raise InputError(expected="chunk_size >= 1", got=str(chunk_size), do="leave it out")
         bounds = [(i, min(i + chunk, len(numbers))) for i in range(0, len(numbers), chunk)]
         workers = 1 if chosen == "loop" or device.type != "cpu" else max(1, min(threads or available, len(bounds)))
         settings = {
@@ -305,7 +344,7 @@ def train_ensemble(
             "validation": checking.describe(),
             "probes": probing.describe(),
             "collapse_layers": list(collapse_layers),
-            "configuration": dict(configuration or {}),
+            "configuration": configuration,
         }
         routes = [ROUTES[chosen](stack.rows(a, b), problem) for a, b in bounds]
         for one, (a, b) in zip(routes, bounds, strict=True):
@@ -330,7 +369,7 @@ def train_ensemble(
         with nullcontext() if recording is None else closing(recording):
             session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
             session.callback, session.calls = callback, calls
-            session.add_trackers(trackers or {}, recording is not None and recording.resumed)
+            session.add_trackers(trackers, recording is not None and recording.resumed)
             session.run(last, workers, progress)
     return ensemble
 
@@ -364,12 +403,6 @@ class _Session:
 
     def add_trackers(self, makers: Mapping[int, TrackerMaker], resumed: bool) -> None:
         for position, maker in makers.items():
-            if not 0 <= position < len(self.ensemble.replicas):
-                raise InputError(
-                    expected=f"trackers of replicas 0 ... {len(self.ensemble.replicas) - 1}",
-                    got=repr(position),
-                    do="name the replica by its position",
-                )
             model = self.ensemble.model(position)
             tracker = maker(model, self.ensemble.step if resumed else False)
             looks = due(tracker.schedule, self.ensemble.steps, first=False, last=False)
@@ -608,12 +641,32 @@ def default_chunk(stack: Stack, route: RouteName) -> int:
 
 
 def _numbers(replicas: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = tuple(range(replicas)) if isinstance(replicas, int) else tuple(int(i) for i in replicas)
-    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+    if is_whole(replicas):
+        return tuple(range(check_whole("replicas", replicas)))
+    if not isinstance(replicas, Iterable):
         raise InputError(
-            expected="replicas: a number >= 1, or different numbers >= 0", got=repr(replicas), do="correct replicas"
+            expected="replicas: a whole number >= 1, or a list of different ones >= 0",
+            got=in_words(replicas),
+            do="write for example replicas=100, or replicas=range(100, 200)",
         )
+    numbers = check_whole_list("replicas", replicas, at_least=1)
+    if len(set(numbers)) < len(numbers):
+        raise InputError(expected="replicas: different numbers", got="some twice", do="name each once")
     return numbers
+
+
+def _checked_trackers(trackers: Any, replicas: int) -> Mapping[int, TrackerMaker]:
+    if trackers is None:
+        return {}
+    example = "{0: lambda model, resume: le.Tracker(model, ..., resume=resume)}"
+    if not isinstance(trackers, Mapping):
+        raise InputError(
+            expected="trackers: a dict of functions", got=in_words(trackers), do=f"write trackers={example}"
+        )
+    for position, maker in trackers.items():
+        check_whole("each key of trackers", position, 0, replicas - 1)
+        check_callable("each of trackers", maker, 2, example)
+    return trackers
 
 
 def _seed(seed: int, purpose: int, replica: int) -> int:
@@ -629,16 +682,9 @@ def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int
             torch.manual_seed(own)
             np.random.seed(own % 2**32)  # noqa: NPY002 (make_model may draw from the global stream)
             random.seed(own)
-            models.append(make_model())
+            models.append(_one_made(make_model))
     finally:
         set_random_state(streams)
-    odd = next((model for model in models if not isinstance(model, nn.Module)), None)
-    if odd is not None or not any(p.requires_grad for p in models[0].parameters()):
-        raise InputError(
-            expected="make_model() to return a torch.nn.Module with weights to train",
-            got=type(odd).__name__ if odd is not None else "one without",
-            do="return the network itself",
-        )
     if len({id(p) for model in models for p in model.parameters()}) < sum(len(list(m.parameters())) for m in models):
         raise InputError(
             expected="make_model() to make a new network at each call",
@@ -646,6 +692,20 @@ def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int
             do="build it inside of the function",
         )
     return models
+
+
+def _one_made(make_model: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        model = make_model()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            expected="make_model() to return a torch.nn.Module",
+            got=f"{type(error).__name__} when it was called without arguments",
+            do="let it take no arguments, for example lambda: MyNet(width=64), and make it work by itself first",
+        ) from error
+    return check_module("what make_model() returns", model)
 
 
 def _placed(stack: Stack, dtype: torch.dtype, device: torch.device) -> Stack:
@@ -667,21 +727,22 @@ def _cast(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _checked(pair: Any, name: str) -> Pair:
     """Inputs and labels that belong together, finite."""
-    try:
-        x, y = pair
-        x, y = torch.as_tensor(x), torch.as_tensor(y)
-    except (TypeError, ValueError) as error:
-        raise InputError(expected=f"{name}=(X, Y)", got=type(pair).__name__, do="pass a pair of tensors") from error
-    if x.dim() < 2 or len(x) != len(y) or not len(x):
+    if isinstance(pair, tuple | list) and len(pair) == 2:  # arrays are as good, unlike in a measurement
+        pair = [_as_tensor(values) for values in pair]
+    x, y = check_pair(name, pair)
+    if x.dim() < 2:
         raise InputError(
-            expected=f"{name}: inputs (samples, ...) and one label each, at least one sample",
-            got=f"shapes {tuple(x.shape)} and {tuple(y.shape)}",
-            do="correct them",
+            expected=f"inputs of {name}: (samples, ...)",
+            got=f"shape {tuple(x.shape)}",
+            do="of one number a sample, pass x.unsqueeze(1); of one sample, x.unsqueeze(0)",
         )
-    for what, values in (("inputs", x), ("labels", y)):
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise InputError(expected=f"{name}: finite {what}", got="NaN or infinity", do="clean the data first")
     return x, y
+
+
+def _as_tensor(values: Any) -> Any:
+    """A tensor of an array or of lists of numbers; anything else as it is."""
+    array = None if isinstance(values, Tensor) else plain_array(values)
+    return values if array is None or array.dtype.kind not in "biuf" else torch.as_tensor(array)
 
 
 def _is_class(y: Tensor) -> bool:
@@ -694,14 +755,7 @@ def _check_outputs(stack: Stack, problem: Problem) -> int:
     _load(model, stack.weights, stack.buffers, 0)
     n = problem.batch_size
     with torch.no_grad(), preserved(model, "as_is", restore_streams=True):
-        try:
-            out = model(problem.inputs[:n].clone())
-        except RuntimeError as error:
-            raise InputError(
-                expected="a network for these inputs",
-                got=f"inputs of shape {tuple(problem.inputs.shape[1:])}: {str(error).splitlines()[0]}",
-                do="match the network and the data",
-            ) from error
+        out = try_model(model, problem.inputs[:n].clone(), "inputs of data")
         if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != n:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(
@@ -720,10 +774,13 @@ def _check_outputs(stack: Stack, problem: Problem) -> int:
                 got=f"{tuple(y.shape[1:])}",
                 do="reshape the targets, or the network's last layer",
             )
-        loss = problem.loss_fn(out, y[:n])
-        if loss.dim():
+        with torch.enable_grad():
+            loss = try_loss(problem.loss_fn, out.detach().requires_grad_(), y[:n], scalar=True)
+        if not loss.requires_grad:
             raise InputError(
-                expected="a loss that is one number", got=f"shape {tuple(loss.shape)}", do="use reduction='mean'"
+                expected="a loss that depends on the outputs",
+                got="a loss without gradient",
+                do="return loss_fn(outputs, labels) without detaching",
             )
         return k
 
@@ -734,6 +791,9 @@ def _check_looks(checking: _Looks, probing: _Looks, outputs: int, layers: Sequen
             expected="probes with classes", got="labels that are no whole numbers", do="use validation or callback"
         )
     for name, looks in (("validation", checking), ("probes", probing)):
+        if looks.pair is not None:
+            with torch.no_grad(), preserved(copy.deepcopy(template), "eval", restore_streams=True) as subject:
+                try_model(subject.model, looks.pair[0][:1], f"inputs of {name}")
         if looks.classes > max(outputs, 2):
             raise InputError(
                 expected=f"{name}: labels in 0 ... {outputs - 1}", got=f"label {looks.classes - 1}", do="relabel"

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
+from local_elasticity.base.checks import check_choice, check_flag, check_rate, check_seed, check_whole
 from local_elasticity.base.files import discard
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.errors import InputError
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.tracker import Look, Tracker
@@ -53,12 +54,12 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(expected=f"{name} >= 1", got=str(getattr(self, name)), do=f"pass a usable {name}")
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(
-                expected="a known optimiser", got=repr(self.optimizer), do=nearest(self.optimizer, OPTIMIZERS)
-            )
+            check_whole(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "momentum"):
+            check_rate(name, getattr(self, name))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_flag("drop_last", self.drop_last)
+        check_seed("seed", self.seed)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser over all trainable parameters."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
+from local_elasticity.base.checks import check_path
 from local_elasticity.base.files import discard, leftover_of, told_of_disk, write_whole
 from local_elasticity.base.locks import Lock
 from local_elasticity.errors import InputError
@@ -246,7 +247,7 @@ def open_ensemble(path: str | Path) -> xr.Dataset:
         InputError: when it is not an ensemble, or one of a newer format, or with chunks that are missing. A chunk that
             is damaged is refused when it is read.
     """
-    folder = Path(path)
+    folder = check_path("path", path)
     with told_of_disk(folder):
         if not is_ensemble(folder):
             what = "something else" if folder.exists() else "nothing"

@@ -23,7 +23,7 @@ from local_elasticity.base.checks import (
     check_flag,
     check_mapping,
     check_names,
-    check_path,
+    check_place,
     check_real,
     check_seed,
     check_whole,
@@ -507,7 +507,7 @@ class Tracker:
                 raise InputError(expected="a store to resume", got="store=None", do="pass the path of the run")
             self._store: MemoryStore | ZarrStore = MemoryStore()
             return
-        path = check_path("store", store)
+        path = check_place("store", store)
         if path.suffix != ".zarr":
             path = path / "run.zarr"
         if not self.looks:

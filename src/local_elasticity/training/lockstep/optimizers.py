@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.checks import check_choice, check_rate, check_real, in_words
+from local_elasticity.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,18 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        if self.optimizer not in ("sgd", "adam"):
-            raise InputError(
-                expected="optimizer 'sgd' or 'adam'",
-                got=repr(self.optimizer),
-                do=nearest(str(self.optimizer), ("sgd", "adam")),
-            )
-        for name, value in (("lr", self.lr), ("momentum", self.momentum), ("weight_decay", self.weight_decay)):
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-                raise InputError(expected=f"{name} >= 0, finite", got=repr(value), do=f"pass a usable {name}")
+        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        for name in ("lr", "momentum", "weight_decay"):
+            check_rate(name, getattr(self, name))
         if self.optimizer == "adam" and self.momentum:
             raise InputError(expected="momentum with 'sgd' only", got="'adam'", do="set betas instead")
-        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0:
+        check_rate("eps", self.eps, zero=False)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise InputError(
-                expected="betas in [0, 1) and eps > 0", got=f"betas={self.betas}, eps={self.eps}", do="correct them"
+                expected="betas: two numbers in [0, 1)", got=in_words(self.betas), do="write betas=(0.9, 0.999)"
             )
+        for beta in self.betas:
+            check_real("each of betas", beta, 0.0, 1.0, below=True)
 
 
 class StackedOptimizer:
