@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -278,15 +279,19 @@ def test_killed_at_any_write_it_goes_on_and_loses_nothing(
 ) -> None:
     if name == "track":
         pytest.importorskip("sklearn", reason="the digits are inside scikit-learn")
+    monkeypatch.setitem(dask.config.config, "scheduler", "synchronous")  # threads of a pool do not survive a fork
     monkeypatch.setattr(cli, "_finish", lambda run, out: 0)
     monkeypatch.setattr(cli, "_say_trained", lambda ensemble, out: None)
     monkeypatch.setattr(ensemble, "_CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setitem(hesu2020_synthetic.SCALES, "small", STUDY)
     monkeypatch.setattr("local_elasticity.report.figures.save", no_figure)
     subject, draws = SUBJECTS[name], random.Random(name)
+    print("THREADS", torch.get_num_threads())
     subject.make(tmp_path / "whole")  # in this process: what is imported on the way is there for all the others
     whole = run(subject, tmp_path / "counted")
     want = subject.content(tmp_path / "whole", False)
+    print("THREADS", torch.get_num_threads())
+    assert_same(subject.content(tmp_path / "counted", False), want)
     assert want
     kills = place = 0
     while kills < subject.kills:
