@@ -1,7 +1,7 @@
 """Small commands that write stores, the disk that kills them at any write, and a process that is really killed.
 
-Every command continues what is in its folder, or begins; it returns what must not depend on kills, and calls ``announce``
-with what it has told its user is stored.
+Every command continues what is in its folder, or begins; it returns what must not depend on kills, and calls
+``announce`` with what it has told its user is stored.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from local_elasticity.training.recording import EnsembleStore, is_ensemble
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+ANNOUNCED = 99  # where a child says what it announced
 
 
 class Killed(BaseException):
@@ -66,7 +67,7 @@ class Disk:
             self.renamed.append((self.writes, os.path.basename(arguments[1])))
         if self.writes == self.last and self.is_torn and event == "open" and arguments[2] & os.O_TRUNC:
             folder, self.folder = self.folder, None
-            open(arguments[0], "wb").close()  # noqa: SIM115
+            open(arguments[0], "wb").close()
             self.folder = folder
         if self.writes >= self.last:
             raise Killed
@@ -209,7 +210,8 @@ def kill_children(name: str, folder: Path, delays) -> None:
         child = os.fork()
         if child == 0:
             os.close(reading)
-            COMMANDS[name](folder, lambda what: os.write(writing, f"{what} ".encode()))
+            os.dup2(writing, ANNOUNCED)
+            COMMANDS[name](folder, lambda what: os.write(ANNOUNCED, f"{what} ".encode()))
             os._exit(0)
         os.close(writing)
         time.sleep(delay)

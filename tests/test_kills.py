@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import killed_commands as commands
 import pytest
 
+import killed_commands as commands
 import local_elasticity as le
 
 pytestmark = pytest.mark.filterwarnings("ignore")

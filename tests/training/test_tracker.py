@@ -166,8 +166,9 @@ def test_a_failing_look_leaves_everything_as_it_was():
 
     before = everything(model, optimizer)
     tracker = le.Tracker(model, broken, probes(), update=le.SGD(lr=0.1))
-    with pytest.raises(Exception, match="no loss today"):
+    with pytest.raises(le.InputError, match="loss_fn") as refusal:
         tracker.snapshot()
+    assert str(refusal.value.__cause__) == "no loss today"
     assert everything(model, optimizer) == before
 
 

@@ -106,10 +106,7 @@ class Lock:
             )
         if self.is_held:
             return
-        earlier = _writers.get(str(self.path.absolute()))
-        if self.takes_over and earlier is not None and earlier.is_held:
-            earlier.release()
-            earlier.is_lost, self._earlier = True, weakref.ref(earlier)
+        self._take_over()
         with told_of_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(ATTEMPTS):
@@ -120,6 +117,12 @@ class Lock:
                     _writers[str(self.path.absolute())] = self
                     return
         raise self._refusal(None)
+
+    def _take_over(self) -> None:
+        earlier = _writers.get(str(self.path.absolute()))
+        if self.takes_over and earlier is not None and earlier.is_held:
+            earlier.release()
+            earlier.is_lost, self._earlier = True, weakref.ref(earlier)
 
     def release(self) -> None:
         """Give it back; nothing happens where it is not held."""
