@@ -14,7 +14,8 @@ from local_elasticity.errors import InputError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK = (*FULL, errno.EIO)  # what the operating system says without naming a file
-VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+NO_FOLDER = (errno.EEXIST, errno.ELOOP, errno.ENOTDIR)
+VANISHED = (errno.ENOENT, errno.ESTALE)
 
 
 def leftover_of(path: Path) -> Path:
@@ -129,6 +130,12 @@ def _words(number: int | None, place: str, said: str) -> dict[str, str]:
         }
     if number == errno.ENAMETOOLONG:
         return {"expected": "a path of names that the disk takes", "got": f"{place[:60]}… ({said})", "do": "shorten it"}
+    if number in NO_FOLDER:
+        return {
+            "expected": f"{place} in folders that are there or can be made",
+            "got": f"a file, or a link that leads nowhere, in the place of one ({said})",
+            "do": "choose another place, or move that away",
+        }
     if number in VANISHED:
         return {
             "expected": f"{place}, or a folder that it can be made in",

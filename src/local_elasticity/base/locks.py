@@ -139,15 +139,15 @@ class Lock:
 
     def _try(self) -> int | None:
         """The descriptor of the lock; None when trying again may help."""
-        try:
-            descriptor, is_new = _opened(self.path)
-        except FileNotFoundError:  # released since it was seen
+        opened = _opened(self.path)
+        if opened is None:
             return None
+        descriptor, is_new = opened
         try:
             _flock(descriptor)
         except OSError as error:
             if is_new and error.errno in WITHOUT:  # whoever makes the file has the lock
-                _write(descriptor)
+                self._sign(descriptor)
                 return descriptor
             holder, age = _read(descriptor), time.time() - os.fstat(descriptor).st_mtime
             os.close(descriptor)
@@ -162,8 +162,16 @@ class Lock:
         if not _is_at(descriptor, self.path):  # released, and with it removed, since it was opened
             os.close(descriptor)
             return None
-        _write(descriptor)
+        self._sign(descriptor)
         return descriptor
+
+    def _sign(self, descriptor: int) -> None:
+        """Write who holds the lock; where the disk has no room for it, nobody does."""
+        try:
+            _write(descriptor)
+        except OSError:
+            _let_go(descriptor, self.path, os.getpid())
+            raise
 
     def _stand_back(self, holder: Holder | None) -> None:
         """Refuse, unless the holder is gone: dead but for children that inherited the lock, or garbage of this process.
@@ -202,12 +210,15 @@ class Lock:
         self.release()
 
 
-def _opened(path: Path) -> tuple[int, bool]:
-    """The lock's file, and whether it was made just now."""
+def _opened(path: Path) -> tuple[int, bool] | None:
+    """The lock's file, and whether it was made just now; None where it was released in between."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
-        return os.open(path, os.O_RDWR), False
+        try:
+            return os.open(path, os.O_RDWR), False
+        except FileNotFoundError:
+            return None
 
 
 def _flock(descriptor: int) -> None:
