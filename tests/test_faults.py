@@ -287,6 +287,28 @@ def test_checkpoints_ensembles_and_tiles_say_that_the_disk_is_full(tmp_path, mon
     assert np.isfinite(tiles_at(tmp_path / "tiles.zarr")["change"].values).all()
 
 
+def test_a_lock_for_which_there_is_no_room_is_held_by_nobody(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for make in (tracker_at, ensemble_at, tiles_at):
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_write", full)
+            with pytest.raises(InputError, match="room on the disk"):
+                make(tmp_path / make.__name__)
+        make(tmp_path / make.__name__)  # there is room again
+
+
+@pytest.mark.parametrize("link", ["loop", "nowhere"])
+def test_links_that_lead_to_no_folder_are_told(tmp_path, link):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for make in (tracker_at, ensemble_at, tiles_at):
+        with pytest.raises(InputError, match="a link that leads nowhere") as caught:
+            make(tmp_path / link / "below")
+        one_line(caught.value)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_what_a_real_full_disk_says_is_understood():
     with pytest.raises(InputError, match="room on the disk"), files.told_of_disk(Path("/dev/full")):
@@ -403,8 +425,58 @@ def test_chunks_of_ensembles_and_tiles_too(tmp_path, damage):
     DAMAGES[damage](chunks_of(tmp_path / "t.zarr", "change")[1])
     with pytest.raises(InputError, match="change/c"):
         data.load()
-    if damage == "missing":
-        np.testing.assert_array_equal(tiles_at(tmp_path / "t.zarr")["change"].values, expected)  # measured again
+    for name in ("change", "before", "losses", "done"):
+        for chunk in chunks_of(tmp_path / "t.zarr", name)[:1]:
+            if chunk.exists():
+                DAMAGES[damage](chunk)
+        again = tiles_at(tmp_path / "t.zarr").load()  # what is damaged is measured again
+        np.testing.assert_array_equal(again["change"].values, expected)
+        assert bool(again.notnull().all().to_array().all())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_both_halves_of_a_gram_matrix_are_measured_again(tmp_path, damage):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+
+    def gram():
+        return le.gradient_gram(model, F.cross_entropy, (X, Y), out=tmp_path / "g.zarr", tile=2)["gram"].values
+
+    expected = gram()
+    for place in ("0/1", "1/0", "2/2"):
+        DAMAGES[damage](tmp_path / "g.zarr" / "gram" / "c" / place)
+        np.testing.assert_array_equal(gram(), expected)
+
+
+def test_tiles_replace_nothing_that_is_not_theirs(tmp_path):
+    run_at(tmp_path / "run.zarr")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes").write_text("mine")
+    for out in ("run.zarr", "folder"):
+        with pytest.raises(InputError, match="something else") as caught:
+            tiles_at(tmp_path / out, overwrite=True)
+        one_line(caught.value)
+    assert le.open_run(tmp_path / "run.zarr").dataset.sizes["step"] == 2
+    tiles_at(tmp_path / "t.zarr")
+    (tmp_path / "t.zarr" / "change" / "zarr.json").write_text("{")
+    tiles_at(tmp_path / "t.zarr").load()  # mended from the metadata of the whole
+    (tmp_path / "t.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(InputError, match=r"damaged zarr\.json"):
+        tiles_at(tmp_path / "t.zarr")
+    tiles_at(tmp_path / "t.zarr", overwrite=True).load()
+
+
+@pytest.mark.parametrize(
+    ("note", "content"),
+    [("ensemble.json", '{"format": "local-elasticity ensemble"}'), ("progress.json", '{"step": -3, "steps": 30}')],
+)
+def test_damaged_notes_of_an_ensemble_are_named(tmp_path, note, content):
+    ensemble_at(tmp_path / "e", stop_at=10)
+    (tmp_path / "e" / note).write_text(content)
+    for use in (le.open_ensemble, lambda folder: ensemble_at(folder, resume=True)):
+        with pytest.raises(InputError, match=f"{note} as it was written") as caught:
+            use(tmp_path / "e")
+        one_line(caught.value)
 
 
 def test_numbers_that_equal_the_fill_value_are_no_missing_chunks(tmp_path):

@@ -376,13 +376,11 @@ class ZarrStore:
         from local_elasticity.base import chunks
 
         self._text = (self.path / "zarr.json").read_text()
-        arrays = chunks.arrays_of(self.path, json.loads(self._text))
+        document = json.loads(self._text)
+        arrays = chunks.arrays_of(self.path, document)
         for place in [place for place in self.path.iterdir() if place.is_dir() and place.name not in arrays]:
             discard(place)
-        for name, meta in arrays.items():
-            place = self.path / name / "zarr.json"
-            if not place.is_file() or _read_json(place) != meta:
-                write_whole(place, json.dumps(meta))
+        chunks.mend_metadata(self.path, document)
         self.columns = {
             name: chunks.Column(self.path, name, meta)
             for name, meta in arrays.items()

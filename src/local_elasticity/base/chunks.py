@@ -281,6 +281,33 @@ def arrays_of(path: Path, document: Mapping[str, Any]) -> dict[str, dict[str, An
     return arrays
 
 
+def mend_metadata(path: Path, document: Mapping[str, Any]) -> None:
+    """Write the metadata of each array again where it is not what the group says: an interrupted write, or damage.
+
+    Args:
+        path: of the store.
+        document: its ``zarr.json``; older ones that say nothing of their arrays are left as they are.
+
+    Raises:
+        InputError: for a place that cannot be written.
+    """
+    if not document.get("consolidated_metadata"):
+        return
+    for name, meta in arrays_of(path, document).items():
+        place = path / name / "zarr.json"
+        if not place.is_file() or _parsed(place) != meta:
+            with told_of_disk(place):
+                place.parent.mkdir(exist_ok=True)
+            write_whole(place, json.dumps(meta))
+
+
+def _parsed(place: Path) -> Any:
+    try:
+        return json.loads(place.read_text())
+    except ValueError:
+        return None
+
+
 def check_version(found: Any, known: int, what: str) -> None:
     """Refuse what a newer version of this library wrote.
 
@@ -292,7 +319,7 @@ def check_version(found: Any, known: int, what: str) -> None:
     Raises:
         InputError: for a newer one, or no number at all.
     """
-    if isinstance(found, bool) or not isinstance(found, int) or found > known:
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= known:
         raise InputError(
             expected=f"{what} in format version {known} or older",
             got=f"format version {found!r}",
@@ -365,8 +392,24 @@ def check_chunk(path: Path, key: str, content: bytes) -> None:
     Raises:
         InputError: when it is damaged.
     """
-    if len(content) < 4 or google_crc32c.value(content[:-4]) != int.from_bytes(content[-4:], "little"):
+    if not _matches(content):
         raise _damaged(path, key, "its checksum is another")
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the file of a chunk is there, and its checksum right.
+
+    Args:
+        file: of a store with checksums.
+
+    Returns:
+        True when it can be relied upon.
+    """
+    return file.is_file() and _matches(file.read_bytes())
+
+
+def _matches(content: bytes) -> bool:
+    return len(content) >= 4 and google_crc32c.value(content[:-4]) == int.from_bytes(content[-4:], "little")
 
 
 class CheckedStore(LocalStore):

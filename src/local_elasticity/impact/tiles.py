@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -220,8 +220,7 @@ def run_tiles(
     title: str,
 ) -> None:
     """Do the tiles that are not done yet, and mark each when it has been written; one intra-op thread a task."""
-    done = np.asarray(_array(store, "done")[:])
-    left = [place for place in tiles if not done[place] or not _is_whole(store, place)]
+    left = [place for place in tiles if not _is_done(store, place) or not _is_whole(store, place)]
 
     def one(row: int, column: int) -> None:
         threads = torch.get_num_threads()
@@ -262,18 +261,22 @@ def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: s
     from local_elasticity.base import chunks
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / "zarr.json").is_file():
+        if not _is_ours(out):
             raise InputError(
-                expected="a zarr store, or a path where nothing is", got=f"{out}", do="choose another out="
+                expected="a zarr store of tiles, or a path where nothing is",
+                got=f"something else at {out}",
+                do="choose another out=",
             )
-        attributes = {} if overwrite else chunks.read_document(out)["attributes"]
-        chunks.check_version(attributes.get("format_version", 1), FORMAT_VERSION, str(out))
-        if attributes.get("identity") == identity:
+        document = {"attributes": {}} if overwrite else chunks.read_document(out)
+        chunks.check_version(document["attributes"].get("format_version", 1), FORMAT_VERSION, str(out))
+        if document["attributes"].get("identity") == identity:
+            chunks.mend_metadata(out, document)
+            chunks.open_arrays(out, [*shapes, "done"])
             return chunks.open_group(out)
         if not overwrite:
             raise InputError(
                 expected="a store of the same weights, samples, update and settings",
-                got=f"{out}, which belongs to another measurement or was not begun by one",
+                got=f"{out}, which belongs to another measurement",
                 do="choose another out=, or pass overwrite=True",
             )
     _make(out, shapes, tiles, {"identity": identity, "format_version": FORMAT_VERSION, **chunks.SEALED})
@@ -307,7 +310,9 @@ def _make(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], attributes:
         dimension_names=("row", "column"),
     )
     store.update_attributes(attributes)
-    zarr.consolidate_metadata(store.store)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
+        zarr.consolidate_metadata(store.store)
     building.rename(out)
 
 
@@ -319,8 +324,30 @@ def _array(store: zarr.Group, name: str) -> zarr.Array:
     return found.with_config({"write_empty_chunks": "checksums" in store.attrs})
 
 
+def _is_ours(out: Path) -> bool:
+    """Whether a store of tiles is there, its metadata damaged or not; anything else is never overwritten."""
+    from local_elasticity.base import chunks
+
+    if not (out / "zarr.json").is_file():
+        return False
+    try:
+        return "identity" in chunks.read_document(out)["attributes"]
+    except InputError:
+        return (out / "done").is_dir()
+
+
+def _is_done(store: zarr.Group, tile: tuple[int, int]) -> bool:
+    """Whether a tile was marked; one whose mark is damaged is measured again."""
+    try:
+        return bool(_array(store, "done")[tile])
+    except (ValueError, RuntimeError):
+        return False
+
+
 def _is_whole(store: zarr.Group, tile: tuple[int, int]) -> bool:
-    """Whether the files of a tile that was written are still there; in older stores that cannot be told."""
+    """Whether what was written of a tile is there and undamaged; in older stores that cannot be told."""
+    from local_elasticity.base import chunks
+
     if "checksums" not in store.attrs:
         return True
     root, (row, column) = Path(str(store.store).removeprefix("file://")), tile
@@ -328,9 +355,12 @@ def _is_whole(store: zarr.Group, tile: tuple[int, int]) -> bool:
         belongs = ("source" in dims or row == 0) and ("target" in dims or column == 0)
         if name not in store or name == "self_index" or not belongs:
             continue
-        place = {"source": row, "target": column, "output": 0}
-        if not root.joinpath(name, "c", *(str(place[dim]) for dim in dims)).is_file():
-            return False
+        places = [{"source": row, "target": column, "output": 0}]
+        if name == "gram":  # a tile is written with its mirror image
+            places.append({"source": column, "target": row})
+        for place in places:
+            if not chunks.is_whole(root.joinpath(name, "c", *(str(place[dim]) for dim in dims))):
+                return False
     return True
 
 

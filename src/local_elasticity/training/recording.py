@@ -286,12 +286,14 @@ def _note(folder: Path) -> dict[str, Any]:
     """What an ensemble is.
 
     Raises:
-        InputError: for one of a newer format.
+        InputError: for one of a newer format, or a note that is damaged.
     """
     from local_elasticity.base import chunks
 
     note = _read(folder / NOTE) or {}
     chunks.check_version(note.get("format_version", 1), FORMAT_VERSION, str(folder))
+    if not isinstance(note.get("settings"), dict):
+        raise _damaged(folder / NOTE)
     return note
 
 
@@ -305,11 +307,16 @@ def _progress(folder: Path) -> dict[str, Any]:
     progress = _read(path)
     if progress is None and not path.exists():
         return {"step": 0}
-    if progress is None or not isinstance(progress.get("step"), int):
-        raise InputError(
-            expected=f"{path} as it was written", got="a damaged file", do="restore it from a copy, or train again"
-        )
+    step = (progress or {}).get("step")
+    if progress is None or not isinstance(step, int) or step < 0:
+        raise _damaged(path)
     return progress
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        expected=f"{path} as it was written", got="a damaged file", do="restore it from a copy, or train again"
+    )
 
 
 def _is_free(folder: Path) -> bool:
