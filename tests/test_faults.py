@@ -24,6 +24,7 @@ from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
 from local_elasticity.base.locks import Lock
 from local_elasticity.errors import InputError
 from local_elasticity.runs import prepare_folder
+from local_elasticity.studies.pieces import kept, read_arrays
 from local_elasticity.training.loop import Session, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -647,3 +648,21 @@ def test_checkpoints_without_a_hash_are_still_read(tmp_path):
     path.rename(folder / "checkpoint" / "state.pt")  # as earlier versions wrote it
     (folder / "progress.json").write_text('{"step": 20, "steps": 30}')
     np.testing.assert_array_equal(ensemble_at(folder, resume=True).logits, whole.logits)
+
+
+# --- pieces of studies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "pickle"])
+def test_a_damaged_piece_of_a_study_is_made_again_and_never_executed(tmp_path, damage):
+    path, arrays = tmp_path / "piece.npz", {"x": np.arange(40.0), "words": np.array("width 3")}
+    assert kept(path, lambda: arrays).keys() == kept(path, dict).keys() == arrays.keys()
+    if damage == "pickle":
+        np.savez(path, x=np.array([Path("payload")], dtype=object))
+    else:
+        DAMAGES[damage](path)
+    with pytest.raises(InputError, match="run the study again") as caught:
+        read_arrays(path)
+    one_line(caught.value)
+    np.testing.assert_array_equal(kept(path, lambda: arrays)["x"], arrays["x"])
+    assert [place.name for place in tmp_path.iterdir()] == ["piece.npz"]
