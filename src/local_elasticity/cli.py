@@ -25,6 +25,7 @@ from local_elasticity.base.checks import (
     check_whole,
     make_folder,
 )
+from local_elasticity.base.files import DISK, refusal_of
 from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 
@@ -90,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except CycloptsError as error:
             ours = error.__cause__ or error.__context__
             _refuse(str(ours) if isinstance(ours, InputError) else " ".join(str(error).split()) + "; see --help")
+        except OSError as error:
+            if error.filename is None and error.errno not in DISK:  # not of a file
+                raise
+            _refuse(str(refusal_of(error)))
         else:
             sys.stdout.flush()
             sys.exit(status if isinstance(status, int) else 0)
@@ -253,7 +258,7 @@ def track(
         before_commit=session.save,
     )
     if resume and tracker.resume_step:
-        session.load(tracker.resume_step)
+        session.load(tracker.resume_step, tracker.checkpoint)
         console.print(f"continuing {out} from update {tracker.resume_step}")
     shown = ", ".join(f"{n} {c}" for n, c in zip(train.class_names, train.counts.tolist(), strict=True))
     console.print(f"{train.origin}: {len(train)} images ({shown}); {network}, {session.total} updates", markup=False)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from local_elasticity.base.checks import check_choice, check_text, check_whole
+from local_elasticity.base.files import told_of_disk
 from local_elasticity.errors import InputError, missing_extra
 
 Backend = Literal["serial", "loky", "ray", "dask"]
@@ -144,16 +145,30 @@ def _perform(task: Task) -> dict[str, Any]:
         return read_record(task.record)
     with one_thread():
         record = task.function(*task.arguments)
-    task.record.parent.mkdir(parents=True, exist_ok=True)
-    partial = task.record.with_name(f".{task.record.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=2))
-    os.replace(partial, task.record)
+    partial = task.record.with_name(f".{task.record.name}.{os.getpid()}.partial")  # two workers may share a task
+    with told_of_disk(task.record):
+        task.record.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record, indent=2))
+        os.replace(partial, task.record)
     return read_record(task.record)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record that a task left."""
-    return json.loads(path.read_text())
+    """The record that a task left.
+
+    Raises:
+        InputError: for a damaged one.
+    """
+    with told_of_disk(path):
+        content = path.read_text(errors="replace")
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise InputError(
+            expected="the record of a task as it was written",
+            got=f"a damaged file, {path}",
+            do="remove it: the same command does that task again",
+        ) from error
 
 
 @contextmanager

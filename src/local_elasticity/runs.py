@@ -6,11 +6,10 @@ A snapshot is committed by one atomic replacement of the group's metadata: until
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from local_elasticity.base.checks import check_path
-from local_elasticity.base.locks import StoreLock, lock_name
+from local_elasticity.base.files import discard, leftover_of, told_of_disk, write_whole
+from local_elasticity.base.locks import Lock
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import s_rel_of
 
@@ -38,6 +38,13 @@ OUTPUTS = {
     "after": ("step", "update", "source", "target", "output"),
     "source_before": ("step", "source", "output"),
     "source_after": ("step", "update", "source", "output"),
+}
+RUN, ENSEMBLE = "run.zarr", "ensemble.zarr"
+ENSEMBLE_NOTE, ENSEMBLE_FORMAT = "ensemble.json", "local-elasticity ensemble"
+NOTES = {  # in a folder in which nothing was run yet
+    *("config.json", "config.partial", ".config.json.partial"),
+    *(STUDY_NOTE, f"{STUDY_NOTE}.partial", f".{STUDY_NOTE}.partial"),
+    *(f".{RUN}.partial", f".{ENSEMBLE}.partial", f".{ENSEMBLE_NOTE}.partial"),
 }
 SMALL_CHUNK = 64  # snapshots in one chunk of the small variables
 
@@ -175,22 +182,39 @@ def open_run(path: str | Path) -> Run:
     """Open a run: its ``run.zarr`` or the folder that holds it.
 
     Raises:
-        InputError: when there is nothing, or something that is not a run.
+        InputError: when there is nothing, or something that is not a run; for a run of a newer format, or one with
+            damaged metadata or missing chunks. A chunk that is damaged is refused when it is read.
     """
-    import xarray as xr
+    there = check_path("path", path)
+    with told_of_disk(there):
+        place = locate(there)
+        if place is None:
+            raise InputError(
+                expected="a run: a folder with run.zarr in it, or run.zarr itself",
+                got=f"{_what_is_at(there)} at {path}",
+                do="pass the --out of 'local-elasticity track' or the store of a Tracker",
+            )
+    return Run(open_checked(place), place)
 
-    path = check_path("path", path)
-    place = locate(path)
-    if place is None:
-        what = "nothing" if not Path(path).exists() else "something that is not a run"
-        raise InputError(
-            expected="a run: a folder with run.zarr in it, or run.zarr itself",
-            got=f"{what} at {path}",
-            do="pass the --out of 'local-elasticity track' or the store of a Tracker",
-        )
+
+def open_checked(place: Path, rows: Callable[[dict[str, Any]], Mapping[str, int]] | None = None) -> xr.Dataset:
+    """A store of ours as a dataset that is read when it is asked for, every chunk checked.
+
+    Args:
+        place: a zarr store with consolidated metadata.
+        rows: metadata of the arrays -> how many rows of each were written; all by default.
+
+    Raises:
+        InputError: for a newer format, damaged metadata, a missing or damaged chunk.
+    """
+    from local_elasticity.base import chunks
+
+    document = chunks.read_document(place)
+    chunks.check_version(document["attributes"].get("format_version", 1), FORMAT_VERSION, str(place))
+    written = rows(chunks.arrays_of(place, document)) if rows is not None else None
+    chunks.check_chunks(place, document, written)
     with quiet():
-        dataset = xr.open_zarr(place, consolidated=True)
-    return Run(dataset, place)
+        return chunks.open_dataset(place, consolidated=True)
 
 
 def locate(path: str | Path) -> Path | None:
@@ -204,6 +228,17 @@ def locate(path: str | Path) -> Path | None:
         if isinstance(attributes, dict) and attributes.get("format") == FORMAT:
             return place
     return None
+
+
+def _what_is_at(path: Path) -> str:
+    for place in (path, path / "run.zarr"):
+        try:
+            json.loads((place / "zarr.json").read_text())
+        except OSError:
+            continue
+        except ValueError:
+            return "something that is not a run, or one whose zarr.json is damaged,"
+    return "something that is not a run" if path.exists() else "nothing"
 
 
 @contextmanager
@@ -242,6 +277,9 @@ class MemoryStore:
         """Change attributes of the run."""
         self.attributes.update(attributes)
 
+    def close(self) -> None:
+        """As of ``ZarrStore``; there is nothing to let go."""
+
     def open(self) -> Run:
         """The run as a dataset."""
         import xarray as xr
@@ -259,89 +297,95 @@ class MemoryStore:
 
 
 class ZarrStore:
-    """Appends snapshots to a zarr group; see the module's first lines for why a kill cannot hurt."""
+    """Appends snapshots to a zarr group; see the module's first lines for why a kill cannot hurt.
+
+    One store writes at a time: it has the lock from ``hold``, or its first write, to ``close``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.group: Any = None
-        self.arrays: dict[str, Any] = {}
+        self.lock = Lock(path, takes_over=True)
+        self.columns: dict[str, Any] | None = None  # None also after a write that failed: they are then read again
         self._steps: list[int] = []
-        self._lock: StoreLock | None = None
+        self._text = ""  # of the metadata, as committed
 
-    def lock(self) -> None:
-        """Be the one that writes here, from now on.
+    def hold(self) -> None:
+        """Keep other writers away.
 
         Raises:
-            InputError: when another process is.
+            InputError: when there is one.
         """
-        self._lock = StoreLock(self.path)
+        self.lock.acquire()
 
-    def release(self) -> None:
-        """Let others write."""
-        if self._lock is not None:
-            self._lock.release()
-
-    def _check_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.check()
+    def close(self) -> None:
+        """Let others write; a later write of this store asks for the lock again."""
+        self.lock.release()
 
     def create(self, static: Snapshot, attributes: Mapping[str, Any]) -> None:
-        """Start a run in an empty place."""
+        """Start a run in an empty place, or in one that holds a run whose making was interrupted."""
         import zarr
 
-        self._check_lock()
-        with quiet():
+        from local_elasticity.base import chunks
+
+        self.hold()
+        with quiet(), told_of_disk(self.path):
             # Built beside its place and moved there whole, so that a kill leaves either nothing or a run.
-            building = self.path.with_name(f".{self.path.name}.partial")
-            shutil.rmtree(building, ignore_errors=True)
+            discard(self.path)
+            building = leftover_of(self.path)
             building.parent.mkdir(parents=True, exist_ok=True)
             group = zarr.open_group(building, mode="w", zarr_format=3)
             for name, (dims, values) in static.items():
                 dtype = str if values.dtype.kind in "UO" else values.dtype
-                array = group.create_array(name, shape=values.shape, dtype=dtype, dimension_names=dims)
+                array = chunks.create_array(group, name, shape=values.shape, dtype=dtype, dimension_names=dims)
                 array[...] = values.astype(object) if dtype is str else values
-            steps = group.create_array(
-                "step", shape=(0,), chunks=(SMALL_CHUNK,), dtype=np.int64, dimension_names=("step",)
+            chunks.Column.create(building, "step", np.zeros((), np.int64), (), 0, SMALL_CHUNK)
+            group.update_attributes(
+                {"format": FORMAT, "format_version": FORMAT_VERSION, **chunks.SEALED, **_plain(attributes)}
             )
-            del steps
-            group.update_attributes({"format": FORMAT, "format_version": FORMAT_VERSION, **attributes})
             zarr.consolidate_metadata(group.store)
             building.rename(self.path)
-        self._attach()
+            self._steps = []
+            self._attach()
 
     def resume(self, until: int | None = None) -> None:
         """Open what is there, and drop what was being written when the last process was killed.
 
         Snapshots after step ``until`` go too, once there is one that replaces them or the run is finished.
         """
-        import xarray as xr
+        from local_elasticity.base import chunks
 
-        with quiet():
-            committed = xr.open_zarr(self.path, consolidated=True)
-            kept = [int(step) for step in committed["step"].values]
-            names = set(committed.variables)
-            committed.close()
-        self._attach()
-        for name in set(self.arrays) - names:
-            del self.group[name], self.arrays[name]
-        self._shorten(len(kept))
-        self._steps = [step for step in kept if until is None or step <= until]
+        self.hold()
+        with quiet(), told_of_disk(self.path):
+            document = chunks.read_document(self.path)
+            chunks.check_version(document["attributes"].get("format_version", 1), FORMAT_VERSION, str(self.path))
+            chunks.check_chunks(self.path, document)
+            self._attach()
+            committed = self._committed_steps()
+        self._steps = [step for step in committed if until is None or step <= until]
 
-    def _attach(self) -> None:
+    def _committed_steps(self) -> list[int]:
         import zarr
 
-        with quiet():
-            self.group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-            self.arrays = {
-                name: array
-                for name, array in self.group.arrays()
-                if (array.metadata.dimension_names or ("",))[0] == "step"
-            }
+        from local_elasticity.base import chunks
 
-    def _shorten(self, length: int) -> None:
-        for array in self.arrays.values():
-            if array.shape[0] > length:
-                array.resize((length, *array.shape[1:]))
+        steps: Any = zarr.open_group(chunks.CheckedStore(self.path), mode="r", use_consolidated=True)["step"]
+        return [int(step) for step in steps[:]]
+
+    def _attach(self) -> None:
+        """Open the arrays as they were committed, whatever an interrupted write made of them."""
+        from local_elasticity.base import chunks
+
+        self._text = (self.path / "zarr.json").read_text()
+        document = json.loads(self._text)
+        arrays = chunks.arrays_of(self.path, document)
+        for place in [place for place in self.path.iterdir() if place.is_dir() and place.name not in arrays]:
+            discard(place)
+        chunks.mend_metadata(self.path, document)
+        self.columns = {
+            name: chunks.Column(self.path, name, meta)
+            for name, meta in arrays.items()
+            if (meta.get("dimension_names") or ("",))[0] == "step"
+        }
 
     @property
     def steps(self) -> list[int]:
@@ -350,69 +394,99 @@ class ZarrStore:
 
     def append(self, step: int, snapshot: Snapshot, attributes: Mapping[str, Any]) -> None:
         """Add a snapshot and commit it; those at this step or later are replaced."""
-        self._check_lock()
-        with quiet():
-            kept = self._steps = [s for s in self._steps if s < step]
-            self.drop_replaced()
-            index = len(kept)
-            self._write("step", (), np.asarray(step, dtype=np.int64), index)
-            for name, (dims, values) in snapshot.items():
-                self._write(name, dims, np.asarray(values), index)
-            for array in self.arrays.values():
-                if array.shape[0] < index + 1:
-                    array.resize((index + 1, *array.shape[1:]))
-                    array[index] = array.fill_value  # a chunk may still hold what lay here before it was shortened
-            if any(self.group.attrs.get(key) != value for key, value in attributes.items()):
-                self._update_attributes(attributes)
-            self._commit()
+        with self._writing() as columns:
+            kept = [s for s in self._steps if s < step]
+            self._shorten_to(kept)
+            rows: Snapshot = {"step": ((), np.asarray(step, dtype=np.int64)), **snapshot}
+            for name, (dims, values) in rows.items():
+                self._write(name, dims, np.asarray(values), len(kept))
+            for name in columns.keys() - rows.keys():
+                columns[name].write(len(kept), None)
+            self._commit(len(kept) + 1, attributes)
             self._steps = [*kept, step]
 
     def drop_replaced(self) -> None:
         """Drop what lies on disk beyond the snapshots that count."""
-        with quiet():
-            if self.arrays["step"].shape[0] > len(self._steps):
-                self._shorten(len(self._steps))
-                self._commit()
+        with self._writing():
+            self._shorten_to(self._steps)
+
+    def _shorten_to(self, steps: list[int]) -> None:
+        if self._length > len(steps):
+            self._commit(len(steps))  # first for readers: chunks of what they see are never removed
+            self._steps = steps
+            for column in (self.columns or {}).values():
+                column.shorten(len(steps))
+
+    @property
+    def _length(self) -> int:
+        """Snapshots that readers see."""
+        return json.loads(self._text)["consolidated_metadata"]["metadata"]["step"]["shape"][0]
+
+    @contextmanager
+    def _writing(self) -> Iterator[dict[str, Any]]:
+        """A write that, when it fails, leaves what was committed, and the store ready for the next."""
+        self.hold()
+        with quiet(), told_of_disk(self.path):
+            place = self.path / "zarr.json"
+            if not place.is_file() or place.read_text() != self._text:
+                raise InputError(
+                    expected=f"{self.path} as this Tracker left it",
+                    got="one that was written, moved or removed by something else meanwhile",
+                    do="start again: a new Tracker with resume=True continues what is there",
+                )
+            if self.columns is None:
+                self._attach()
+                committed = set(self._committed_steps())
+                self._steps = [step for step in self._steps if step in committed]
+            assert self.columns is not None
+            try:
+                yield self.columns
+            except BaseException:
+                self.columns = None
+                raise
 
     def _write(self, name: str, dims: tuple[str, ...], values: np.ndarray, index: int) -> None:
-        array = self.arrays.get(name)
-        if array is None:
+        from local_elasticity.base import chunks
+
+        assert self.columns is not None
+        if name not in self.columns:
             # Outputs lie one snapshot a chunk; small variables share one, rewritten whole and atomically.
             chunk = 1 if name in OUTPUTS or name == "pairs" else SMALL_CHUNK
-            fill = np.nan if values.dtype.kind == "f" else values.dtype.type(0)
-            array = self.arrays[name] = self.group.create_array(
-                name,
-                shape=(index, *values.shape),
-                chunks=(chunk, *(max(1, size) for size in values.shape)),
-                dtype=values.dtype,
-                fill_value=fill,
-                dimension_names=("step", *dims),
-            )
-        array.resize((index + 1, *array.shape[1:]))
-        array[index] = values
+            self.columns[name] = chunks.Column.create(self.path, name, values, dims, index, chunk)
+        self.columns[name].write(index, values)
 
-    def _update_attributes(self, attributes: Mapping[str, Any]) -> None:
-        # Attributes go into the same file as the consolidated metadata, which must never be seen without it.
-        import zarr
-
-        current = zarr.open_group(self.path, mode="r+", use_consolidated=True)
-        current.update_attributes(dict(attributes))
-
-    def _commit(self) -> None:
-        import zarr
-
-        zarr.consolidate_metadata(self.group.store)
+    def _commit(self, length: int, attributes: Mapping[str, Any] | None = None) -> None:
+        """One replacement of one file: so many snapshots, and the attributes that go with them."""
+        document = json.loads(self._text)
+        arrays = document["consolidated_metadata"]["metadata"]
+        for name in self.columns or {}:
+            meta = arrays[name] if name in arrays else _read_json(self.path / name / "zarr.json")
+            arrays[name] = {**meta, "shape": [length, *meta["shape"][1:]]}
+        document["attributes"] |= _plain(attributes or {})
+        text = json.dumps(document)
+        write_whole(self.path / "zarr.json", text)
+        self._text = text
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the run."""
-        self._check_lock()
-        with quiet():
-            self._update_attributes(attributes)
-            self._commit()
+        with self._writing():
+            self._commit(self._length, attributes)
+            self._attach()  # also for readers of each array's own metadata
 
     def open(self) -> Run:
         """The run as it is on disk."""
         return open_run(self.path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(attributes), default=lambda number: number.item()))
 
 
 def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) -> bool:
@@ -422,27 +496,23 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
         InputError: when the folder holds something else, or a run with another configuration.
     """
     note = out / "config.json"
-    if out.exists() and not out.is_dir():
-        raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
-    partial = note.with_suffix(".partial")
-    stored = _stored_configuration(note)
-    ours = locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
-    made_first = ("run.zarr", "ensemble.zarr")
-    notes = (note, partial, out / STUDY_NOTE, out / f"{STUDY_NOTE}.partial")
-    notes += tuple(out / lock_name(Path(name)) for name in made_first)
-    notes += tuple(out / f".{name}.partial" for name in made_first)  # what was being made when a run was killed
-    if out.exists() and not ours and any(path not in notes for path in out.iterdir()):
-        raise InputError(
-            expected="an empty folder, or one that a run or a study made",
-            got=f"something else in {out}",
-            do="choose another --out, or empty it yourself",
-        )
-    if overwrite and ours:
-        shutil.rmtree(out)
-        stored = None
-    elif ours and all(path in notes for path in out.iterdir()):
-        stored = None  # a run that failed before it wrote anything may be tried again with other settings
-    out.mkdir(parents=True, exist_ok=True)
+    with told_of_disk(out):
+        if out.exists() and not out.is_dir():
+            raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
+        stored = _stored_configuration(note)
+        ours = is_ours(out)
+        if out.exists() and not ours and not holds_notes_only(out):
+            raise InputError(
+                expected="an empty folder, or one that a run or a study made",
+                got=f"something else in {out}",
+                do="choose another --out, or empty it yourself",
+            )
+        if overwrite and ours:
+            clear_folder(out)
+            stored = None
+        elif ours and holds_notes_only(out):
+            stored = None  # a run that failed before it wrote anything may be tried again with other settings
+        out.mkdir(parents=True, exist_ok=True)
     now = json.loads(json.dumps({"made_by": MADE_BY, **configuration}, default=str))
     if stored is not None and stored != now:
         differing = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
@@ -451,15 +521,37 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
             got="others for " + ", ".join(f"{k} ({stored.get(k)} there, {now.get(k)} now)" for k in differing),
             do="choose another --out, or --overwrite",
         )
-    partial.write_text(json.dumps(now, indent=2))
-    partial.replace(note)
+    write_whole(note, json.dumps(now, indent=2))
     return locate(out) is not None
+
+
+def clear_folder(out: Path) -> None:
+    """Empty a folder of a run or a study of ours; killed in the middle, it is still known as ours.
+
+    Raises:
+        InputError: when something is writing there.
+    """
+    note = out / "config.json"
+    with Lock(out / RUN), Lock(out / ENSEMBLE), told_of_disk(out):
+        if (_stored_configuration(note) or {}).get("made_by") != MADE_BY:
+            write_whole(note, json.dumps({"made_by": MADE_BY}))
+        first = (RUN, ENSEMBLE_NOTE)  # without these it is no run any more
+        for path in sorted(out.iterdir(), key=lambda path: path.name not in first):
+            if path != note and path.suffix != ".lock":
+                discard(path)
+
+
+def holds_notes_only(out: Path) -> bool:
+    """Whether a folder has nothing but what is written before a run, and what a kill in its making leaves."""
+    names = {path.name for path in out.iterdir()} - NOTES
+    return all(name.endswith(".lock") and name.startswith(".") for name in names)
 
 
 def is_ours(out: Path) -> bool:
     """Whether this folder was made by a run or a study of ours."""
     stored = _stored_configuration(out / "config.json")
-    return locate(out) is not None or (stored is not None and stored.get("made_by") == MADE_BY)
+    made = (stored is not None and stored.get("made_by") == MADE_BY) or locate(out) is not None
+    return made or (_stored_configuration(out / ENSEMBLE_NOTE) or {}).get("format") == ENSEMBLE_FORMAT
 
 
 def _stored_configuration(note: Path) -> dict[str, Any] | None:

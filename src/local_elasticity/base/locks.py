@@ -1,163 +1,279 @@
-"""One writer to a store: a lock that names its holder, and that dies with its process."""
+"""One writer at a time: a lock beside what is written, which says who holds it and is free again when that one is dead.
+
+Where the file system has ``flock``, the lock is the operating system's and ends with its process, however that ends.
+Elsewhere it is a file that is made exclusively; one of a dead process of this machine is taken over.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import gc
 import json
 import os
 import socket
 import time
 import weakref
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
+from local_elasticity.base.files import told_of_disk
 from local_elasticity.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # no such locks on this system
+except ImportError:  # Windows
     fcntl = None
 
-_holders: weakref.WeakValueDictionary[Path, StoreLock] = weakref.WeakValueDictionary()
+WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+ATTEMPTS = 50  # each lost only to a lock that was released, or taken over, in the same instant
+_writers: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()  # of this process, by lock file
+SETTLED = 10.0  # seconds after which a lock file without a name in it is not being written any more
 
 
-def lock_name(store: Path) -> str:
-    """The name of a store's lock, beside it."""
-    return f".{store.name}.lock"
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
 
-
-class StoreLock:
-    """The right to write one store, from now until it is released, collected, or its process ends.
-
-    Another process that holds it is named and refuses us. In one process the newest writer takes over, as when a cell
-    of a notebook is run again, and the one before is refused at its next write.
-
-    Args:
-        store: path of the store; its folder is made.
-
-    Raises:
-        InputError: when another process holds it, or the folder cannot be written.
+    Attributes:
+        pid: its process.
+        host: its machine.
+        since: when it began, as a person reads it.
+        space: the machine's process numbers that the pid is one of; containers have their own.
+        began: when the process began, by the machine's clock; numbers of processes are used again.
     """
 
-    def __init__(self, store: Path) -> None:
-        self.store = store.absolute()
-        self.path = self.store.with_name(lock_name(self.store))
-        self._file: int | None = None
-        self._is_taken = False
-        earlier = _holders.get(self.store)
-        if earlier is not None:
-            earlier.release()
-            earlier._is_taken = True
-        self._acquire()
-        _holders[self.store] = self
+    pid: int
+    host: str
+    since: str
+    space: str
+    began: str
 
-    def check(self) -> None:
-        """Refuse to write where another writer has taken over.
+    @classmethod
+    def here(cls) -> Holder:
+        """This process, now."""
+        pid = os.getpid()
+        return cls(pid, socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S"), _space(), _began(pid))
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was a process of this machine that is no more; False where that cannot be known."""
+        if (self.host, self.space) != (socket.gethostname(), _space()):
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return bool(self.began) and _began(self.pid) != self.began
+
+
+class Lock:
+    """Keeps other writers, of this process or any other, from a path.
+
+    Args:
+        target: what is written; the lock is a hidden file beside it.
+        takes_over: in one process the newest writer gets the lock, as when a cell of a notebook is run again, and the
+            one before is refused at its next write; else the newest is refused.
+    """
+
+    def __init__(self, target: Path, *, takes_over: bool = False) -> None:
+        self.target, self.takes_over = target, takes_over
+        self.path = target.with_name(f".{target.name}.lock")
+        self.is_lost = False  # to a newer writer of this process
+        self._release: weakref.finalize | None = None
+        self._earlier: weakref.ref[Lock] | None = None
+        self._pid = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds it; a forked child does not."""
+        return self._release is not None and self._release.alive and self._pid == os.getpid()
+
+    def acquire(self) -> None:
+        """Take it.
 
         Raises:
-            InputError: when one has.
+            InputError: when another has it, or the place cannot be written.
         """
-        if self._is_taken:
+        if self.is_lost:
             raise InputError(
-                expected=f"to be the only writer of {self.store}",
-                got="another one in this process, which was made later and has taken over",
-                do="use the newer one, or store elsewhere",
+                expected=f"the only writer of {self.target}",
+                got="one that a newer writer of this process has taken over from",
+                do="use the newer one, or another place",
             )
+        if self.is_held:
+            return
+        self._take_over()
+        with told_of_disk(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(ATTEMPTS):
+                descriptor = self._try()
+                if descriptor is not None:
+                    self._pid = os.getpid()
+                    self._release = weakref.finalize(self, _let_go, descriptor, self.path, os.getpid())
+                    _writers[str(self.path.absolute())] = self
+                    return
+        raise self._refusal(None)
+
+    def _take_over(self) -> None:
+        earlier = _writers.get(str(self.path.absolute()))
+        if self.takes_over and earlier is not None and earlier.is_held:
+            earlier.release()
+            earlier.is_lost, self._earlier = True, weakref.ref(earlier)
 
     def release(self) -> None:
-        """Let others write."""
-        file, self._file = self._file, None
-        if file is None:
-            return
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-        with contextlib.suppress(OSError):
-            os.close(file)
+        """Give it back; nothing happens where it is not held."""
+        if self._release is not None:
+            self._release()
+            self._release = None
 
-    def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            self.release()
-
-    def __enter__(self) -> StoreLock:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def withdraw(self) -> None:
+        """Give it back before anything was written: a writer that it was taken over from may go on."""
         self.release()
-
-    def _acquire(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while self._file is None:
-                self._file = self._try()
-        except OSError as error:
-            raise InputError(
-                expected=f"a folder that can be written at {self.path.parent}",
-                got=error.strerror or type(error).__name__,
-                do="choose another place, or free space and permissions there",
-            ) from error
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json.dumps(_here()).encode(), 0)
+        earlier = self._earlier() if self._earlier is not None else None
+        if earlier is not None:
+            earlier.is_lost = False
 
     def _try(self) -> int | None:
-        """An open file that is locked; None where it vanished meanwhile, and is to be tried again."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif _is_alive(_read(self.path)):
-                raise BlockingIOError
-        except BlockingIOError:
-            os.close(file)
-            raise self._held() from None
-        except OSError:  # a file system without such locks: go by what is written there
-            if _is_alive(_read(self.path)):
-                os.close(file)
-                raise self._held() from None
-        if not _is_at(file, self.path):
-            os.close(file)
+        """The descriptor of the lock; None when trying again may help."""
+        opened = _opened(self.path)
+        if opened is None:
             return None
-        return file
+        descriptor, is_new = opened
+        try:
+            _flock(descriptor)
+        except OSError as error:
+            if is_new and error.errno in WITHOUT:  # whoever makes the file has the lock
+                self._sign(descriptor)
+                return descriptor
+            holder, age = _read(descriptor), time.time() - os.fstat(descriptor).st_mtime
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return self._stand_back(holder)
+            if error.errno not in WITHOUT:
+                raise
+            if holder is None and age > SETTLED:
+                self.path.unlink(missing_ok=True)
+                return None
+            return self._stand_back(holder)
+        if not _is_at(descriptor, self.path):  # released, and with it removed, since it was opened
+            os.close(descriptor)
+            return None
+        self._sign(descriptor)
+        return descriptor
 
-    def _held(self) -> InputError:
-        holder = _read(self.path)
-        who = "another process"
-        if holder:
-            who = f"process {holder.get('pid')} on {holder.get('host')}, which writes it since {holder.get('since')}"
-        return InputError(
-            expected=f"a store that nobody else writes, {self.store}", got=who, do="let it finish, or store elsewhere"
-        )
+    def _sign(self, descriptor: int) -> None:
+        """Write who holds the lock; where the disk has no room for it, nobody does."""
+        try:
+            _write(descriptor)
+        except OSError:
+            _let_go(descriptor, self.path, os.getpid())
+            raise
+
+    def _stand_back(self, holder: Holder | None) -> None:
+        """Refuse, unless the holder is gone: dead but for children that inherited the lock, or garbage of this process.
+
+        Raises:
+            InputError: for a holder that is alive.
+        """
+        if holder is not None and holder.is_dead:
+            self.path.unlink(missing_ok=True)
+            return
+        if holder is not None and holder.pid == os.getpid():
+            gc.collect()  # an owner in a circle of references
+            if not self.path.exists():
+                return
+        raise self._refusal(holder)
+
+    def _refusal(self, holder: Holder | None) -> InputError:
+        if holder is None:
+            who = "one that another process is about to write"
+            advice = "wait for it, stop it, or choose another place"
+        elif (holder.pid, holder.host) == (os.getpid(), socket.gethostname()):
+            who = f"one that this process ({holder.pid} on {holder.host}) has been writing since {holder.since}"
+            advice = "wait until that is done, or choose another place"
+        else:
+            who = f"one that process {holder.pid} on {holder.host} has been writing since {holder.since}"
+            advice = f"wait for it, stop it, or choose another place; if it is no more, remove {self.path}"
+        return InputError(expected=f"{self.target}, which nothing else writes", got=who, do=advice)
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
-def _here() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _opened(path: Path) -> tuple[int, bool] | None:
+    """The lock's file, and whether it was made just now; None where it was released in between."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        try:
+            return os.open(path, os.O_RDWR), False
+        except FileNotFoundError:
+            return None
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lock still runs; on another host it may."""
-    if not isinstance(holder.get("pid"), int) or holder["pid"] == os.getpid():
-        return False
-    if holder.get("host") != socket.gethostname():
-        return True
+def _flock(descriptor: int) -> None:
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no flock")
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _let_go(descriptor: int, path: Path, pid: int) -> None:
+    with suppress(OSError):
+        if os.getpid() == pid and _is_at(descriptor, path):  # a forked child only closes its copy
+            path.unlink(missing_ok=True)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
+        there = path.stat()
     except FileNotFoundError:
         return False
+    ours = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _write(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, json.dumps(asdict(Holder.here())).encode())
+
+
+def _read(descriptor: int) -> Holder | None:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return _parsed(os.read(descriptor, 4096).decode(errors="replace"))
+
+
+def _parsed(content: str) -> Holder | None:
+    try:
+        holder = Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+    return holder if isinstance(holder.pid, int) else None
+
+
+def _space() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _began(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
-import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag, check_path, check_whole
-from local_elasticity.base.locks import StoreLock
+from local_elasticity.base.files import discard, leftover_of, told_of_disk
+from local_elasticity.base.locks import Lock
 from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import zarr
 
 _OWN_SETTINGS = ("model", "loss_fn", "sources", "targets", "update", "engine", "progress")
+FORMAT_VERSION = 1
 DIMS = {
     "change": ("source", "target", "output"),
     "gram": ("source", "target"),
@@ -89,7 +90,7 @@ def measure_tiles(
     check_whole("tile", tile)
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
-    out = check_path("out", out)
+    place = check_path("out", out)
     known = inspect.signature(measure).parameters
     for name in settings:
         check_choice("a setting of measure", name, [key for key in known if key not in _OWN_SETTINGS])
@@ -111,9 +112,7 @@ def measure_tiles(
         "self_index": ((n,), (n,), "int64"),
     }
     identity = fingerprint(model, inputs, labels, looked_at, update, {**settings, "update": update.name}, tile)
-    lock = StoreLock(Path(out))
-    store = _open(Path(out), shapes, (-(-n // tile), -(-m // tile)), identity, overwrite)
-    _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
+    rows, columns = -(-n // tile), -(-m // tile)
 
     def work(row: int, column: int) -> None:
         i, j = slice(row * tile, min((row + 1) * tile, n)), slice(column * tile, min((column + 1) * tile, m))
@@ -126,10 +125,12 @@ def measure_tiles(
             _array(store, "source_change")[i] = impact.source_change.cpu().numpy()
             _array(store, "losses")[i] = impact.losses.cpu().numpy()
 
-    tiles = itertools.product(range(-(-n // tile)), range(-(-m // tile)))
-    with lock:
+    with Lock(place), told_of_disk(place):
+        store = _open(place, shapes, (rows, columns), identity, overwrite)
+        _array(store, "self_index")[:] = match_rows(inputs, looked_at).cpu().numpy()
+        tiles = itertools.product(range(rows), range(columns))
         run_tiles(store, tiles, work, progress, f"{n} x {m} pairs, engine {engine}")
-    return _dataset(Path(out), store)
+    return _dataset(place)
 
 
 def gradient_gram(
@@ -162,7 +163,7 @@ def gradient_gram(
     check_whole("tile", tile)
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
-    out = check_path("out", out)
+    place = check_path("out", out)
     checks.check_loss_function(loss_fn)
     model = inner_module(check_module("model", model))
     checks.check_model(model)
@@ -171,8 +172,7 @@ def gradient_gram(
     u = _cotangents(model, loss_fn, x, y, tile)
     shapes = {"gram": ((n, n), (tile, tile), _numpy_type(u))}
     identity = fingerprint(model, x, y, x, None, {"gram": True}, tile)
-    lock = StoreLock(Path(out))
-    store = _open(Path(out), shapes, (-(-n // tile), -(-n // tile)), identity, overwrite)
+    rows = -(-n // tile)
 
     def work(row: int, column: int) -> None:
         i, j = (slice(a * tile, min((a + 1) * tile, n)) for a in (row, column))
@@ -184,10 +184,11 @@ def gradient_gram(
         if row != column:
             _array(store, "gram")[j, i] = block.T
 
-    pairs = itertools.combinations_with_replacement(range(-(-n // tile)), 2)
-    with lock:
+    with Lock(place), told_of_disk(place):
+        store = _open(place, shapes, (rows, rows), identity, overwrite)
+        pairs = itertools.combinations_with_replacement(range(rows), 2)
         run_tiles(store, pairs, work, progress, f"{n} x {n} pairs")
-    return _dataset(Path(out), store)
+    return _dataset(place)
 
 
 def _cotangents(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, tile: int) -> Tensor:
@@ -219,8 +220,7 @@ def run_tiles(
     title: str,
 ) -> None:
     """Do the tiles that are not done yet, and mark each when it has been written; one intra-op thread a task."""
-    done = np.asarray(_array(store, "done")[:])
-    left = [place for place in tiles if not done[place]]
+    left = [place for place in tiles if not _is_done(store, place) or not _is_whole(store, place)]
 
     def one(row: int, column: int) -> None:
         threads = torch.get_num_threads()
@@ -257,43 +257,63 @@ def fingerprint(
 
 
 def _open(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], identity: str, overwrite: bool) -> zarr.Group:
-    import zarr
+    """The store of a measurement: the one that is there, or a new one."""
+    from local_elasticity.base import chunks
 
-    if out.exists() and not overwrite:
-        try:
-            store = zarr.open_group(str(out), mode="r+")
-        except (OSError, ValueError) as error:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not _is_ours(out):
             raise InputError(
-                expected="a zarr store, or a path where nothing is",
-                got=f"something else, {out}",
+                expected="a zarr store of tiles, or a path where nothing is",
+                got=f"something else at {out}",
                 do="choose another out=",
-            ) from error
-        if store.attrs.get("identity") != identity:
+            )
+        document = {"attributes": {}} if overwrite else chunks.read_document(out)
+        chunks.check_version(document["attributes"].get("format_version", 1), FORMAT_VERSION, str(out))
+        if document["attributes"].get("identity") == identity:
+            chunks.mend_metadata(out, document)
+            chunks.open_arrays(out, [*shapes, "done"])
+            return chunks.open_group(out)
+        if not overwrite:
             raise InputError(
                 expected="a store of the same weights, samples, update and settings",
-                got=f"{out}, which belongs to another measurement or was not begun by one",
+                got=f"{out}, which belongs to another measurement",
                 do="choose another out=, or pass overwrite=True",
             )
-        return store
-    # Built beside its place and moved there whole, so that a kill leaves either nothing or a store.
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.parent.mkdir(parents=True, exist_ok=True)
-    store = zarr.open_group(str(building), mode="w")
-    for name, (shape, chunks, dtype) in shapes.items():
-        chunks = tuple(max(1, min(c, s)) for c, s in zip(chunks, shape, strict=True))
-        store.create_array(
-            name, shape=shape, chunks=chunks, dtype=dtype, fill_value=0 if dtype == "int64" else float("nan"),
+    _make(out, shapes, tiles, {"identity": identity, "format_version": FORMAT_VERSION, **chunks.SEALED})
+    return chunks.open_group(out)
+
+
+def _make(out: Path, shapes: dict[str, Any], tiles: tuple[int, int], attributes: dict[str, Any]) -> None:
+    """Build a store beside its place and move it there whole, so that a kill leaves either nothing or a store."""
+    import zarr
+
+    from local_elasticity.base import chunks
+
+    discard(out)
+    building = leftover_of(out)
+    store = zarr.open_group(str(building), mode="w", zarr_format=3)
+    for name, (shape, tile, dtype) in shapes.items():
+        chunks.create_array(
+            *(store, name),
+            shape=shape,
+            chunks=tuple(max(1, min(c, s)) for c, s in zip(tile, shape, strict=True)),
+            dtype=dtype,
+            fill_value=0 if dtype == "int64" else float("nan"),
             dimension_names=DIMS[name],
-        )  # fmt: skip
-    store.create_array(
-        "done", shape=tiles, chunks=(1, 1), dtype="bool", fill_value=False, dimension_names=("row", "column")
+        )
+    chunks.create_array(
+        *(store, "done"),
+        shape=tiles,
+        chunks=(1, 1),
+        dtype="bool",
+        fill_value=False,
+        dimension_names=("row", "column"),
     )
-    store.attrs["identity"] = identity
-    if out.exists():
-        shutil.rmtree(out)
+    store.update_attributes(attributes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
+        zarr.consolidate_metadata(store.store)
     building.rename(out)
-    return zarr.open_group(str(out), mode="r+")
 
 
 def _array(store: zarr.Group, name: str) -> zarr.Array:
@@ -301,13 +321,53 @@ def _array(store: zarr.Group, name: str) -> zarr.Array:
 
     found = store[name]
     assert isinstance(found, zarr.Array)
-    return found
+    return found.with_config({"write_empty_chunks": "checksums" in store.attrs})
 
 
-def _dataset(out: Path, store: zarr.Group) -> xarray.Dataset:
-    import xarray
+def _is_ours(out: Path) -> bool:
+    """Whether a store of tiles is there, its metadata damaged or not; anything else is never overwritten."""
+    from local_elasticity.base import chunks
 
-    return xarray.open_zarr(out, chunks=None, consolidated=False, zarr_format=3).drop_vars("done")
+    if not (out / "zarr.json").is_file():
+        return False
+    try:
+        return "identity" in chunks.read_document(out)["attributes"]
+    except InputError:
+        return (out / "done").is_dir()
+
+
+def _is_done(store: zarr.Group, tile: tuple[int, int]) -> bool:
+    """Whether a tile was marked; one whose mark is damaged is measured again."""
+    try:
+        return bool(_array(store, "done")[tile])
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _is_whole(store: zarr.Group, tile: tuple[int, int]) -> bool:
+    """Whether what was written of a tile is there and undamaged; in older stores that cannot be told."""
+    from local_elasticity.base import chunks
+
+    if "checksums" not in store.attrs:
+        return True
+    root, (row, column) = Path(str(store.store).removeprefix("file://")), tile
+    for name, dims in DIMS.items():
+        belongs = ("source" in dims or row == 0) and ("target" in dims or column == 0)
+        if name not in store or name == "self_index" or not belongs:
+            continue
+        places = [{"source": row, "target": column, "output": 0}]
+        if name == "gram":  # a tile is written with its mirror image
+            places.append({"source": column, "target": row})
+        for place in places:
+            if not chunks.is_whole(root.joinpath(name, "c", *(str(place[dim]) for dim in dims))):
+                return False
+    return True
+
+
+def _dataset(out: Path) -> xarray.Dataset:
+    from local_elasticity.base import chunks
+
+    return chunks.open_dataset(out, consolidated=False, chunks=None).drop_vars("done")
 
 
 def _numpy_type(x: Tensor) -> str:

@@ -7,7 +7,6 @@ trajectory afterwards: `dan2023_tables` does that, `dan2023_claims` judges.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 import local_elasticity as le
+from local_elasticity.base.files import write_whole
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.impact.progress import Pace, duration
-from local_elasticity.parallel import Task, Workers, perform
+from local_elasticity.parallel import Task, Workers, perform, read_record
 from local_elasticity.runs import prepare_folder
 from local_elasticity.studies.pieces import kept
 from local_elasticity.training.loop import Session, Training
@@ -149,7 +149,7 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = read_record(path) if path.exists() else {}
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
@@ -163,9 +163,7 @@ class _Clock:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
     def save(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.seconds))
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps(self.seconds))
 
 
 class _TimedSession(Session):
@@ -188,11 +186,12 @@ class _TimedSession(Session):
         scalars: dict[str, Any] = super()._scalars()
         return {name: timed(x) if callable(x) else x for name, x in scalars.items()}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> str | None:
         """As the session's, timed."""
         with self.clock("saving"):
-            super().save(step)
+            digest = super().save(step)
         self.clock.save()
+        return digest
 
 
 class _Run:
@@ -250,7 +249,7 @@ class _Run:
             before_commit=self.session.save,
         )
         if resume and self.tracker.resume_step:
-            self.session.load(self.tracker.resume_step)
+            self.session.load(self.tracker.resume_step, self.tracker.checkpoint)
             self._control(self.tracker.resume_step)
 
     def follow(self) -> dict[str, Any]:
@@ -302,9 +301,7 @@ class _Run:
 
     def _tell(self, progress: Any, left: float | None) -> None:
         note = {"update": progress.update, "total": progress.total, "left": left}
-        partial = self.job.folder / "progress.partial"
-        partial.write_text(json.dumps(note))
-        os.replace(partial, self.job.folder / "progress.json")
+        write_whole(self.job.folder / "progress.json", json.dumps(note))
         if self.job.aloud:
             table = progress.look.tables[PROBE, MEASURE]
             rest = "" if left is None else f", about {duration(left)} left"

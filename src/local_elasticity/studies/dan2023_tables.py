@@ -20,6 +20,7 @@ from local_elasticity.parallel import read_record
 from local_elasticity.runs import locate, open_run
 from local_elasticity.similarity import at_limit, get_definition, movements, outputs_of, s_rel_of
 from local_elasticity.studies.dan2023_images import DEFINITIONS, PROBE, PROBES, Condition
+from local_elasticity.studies.pieces import read_arrays
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -126,8 +127,8 @@ class Series:
         found: dict[int, list[dict[str, ndarray]]] = {}
         for folder in self.folders:
             for path in sorted(folder.glob("control-*.npz")):
-                with np.load(path, allow_pickle=False) as stored:
-                    parts = {k.removeprefix(f"{name}_"): stored[k] for k in stored.files if k.startswith(f"{name}_")}
+                stored = read_arrays(path)
+                parts = {k.removeprefix(f"{name}_"): v for k, v in stored.items() if k.startswith(f"{name}_")}
                 if parts:
                     found.setdefault(int(path.stem.rpartition("-")[2]), []).append(parts)
         whole = {step: some for step, some in found.items() if len(some) == len(self.folders)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
 from local_elasticity.errors import InputError
 from local_elasticity.impact.kernel import kernel
 from local_elasticity.training.loop import Training
@@ -125,7 +125,9 @@ def train(
     first, spare = make
     curvature = top_curvature(first, x, loss)
     bound = 2.0 / curvature
-    state = torch.load(checkpoint, weights_only=True) if checkpoint is not None and checkpoint.exists() else None
+    state = None
+    if checkpoint is not None and checkpoint.exists():
+        state = read_checkpoint(checkpoint, do="remove it: the same command trains again")
     again = bool(state["diverged"]) if state else False
     if not again:
         last = _descend(first, x, labels, loss, published, epochs, batch_size, seed, checkpoint, state, words)
@@ -193,7 +195,4 @@ def _descend(
 
 def _save(path: Path, model: nn.Module, epoch: int, loss: float, diverged: bool) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "epoch": epoch, "loss": loss, "diverged": diverged}, partial)
-    os.replace(partial, path)
+    write_checkpoint(path, {"model": model.state_dict(), "epoch": epoch, "loss": loss, "diverged": diverged})

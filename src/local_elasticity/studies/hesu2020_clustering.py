@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 import local_elasticity as le
+from local_elasticity.base.files import write_whole
 from local_elasticity.impact.progress import duration
 from local_elasticity.kernel_similarity import Loss, loss_function, relative, s_ker_of, sigmoid_slope, symmetrised
+from local_elasticity.parallel import read_record
 from local_elasticity.runs import prepare_folder
 from local_elasticity.studies.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.hesu2020 import network, train
@@ -231,7 +232,7 @@ def task(name: str, images: Any, pair: Pair, size: Scale, seed: int, folder: Pat
     """One pair and seed: baselines, then every network and twin; kept on disk when done, with one thread."""
     path = folder / f"{name}-{pair.name.replace(' ', '')}-seed{seed}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return read_record(path)
     with _one_thread():
         started = time.perf_counter()
         samples = samples_of(images, pair, size, seed)
@@ -261,9 +262,7 @@ def task(name: str, images: Any, pair: Pair, size: Scale, seed: int, folder: Pat
                     result["published"][f"{loss} {kind}"] = published_agreement(model, samples, loss)
                 checkpoint.unlink(missing_ok=True)
         result["seconds"] = time.perf_counter() - started
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2))
-    os.replace(partial, path)
+    write_whole(path, json.dumps(result, indent=2))
     return result
 
 

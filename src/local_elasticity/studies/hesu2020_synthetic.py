@@ -18,6 +18,7 @@ from local_elasticity.kernel_similarity import loss_function
 from local_elasticity.runs import prepare_folder
 from local_elasticity.studies.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.hesu2020 import network, train
+from local_elasticity.studies.pieces import Arrays, kept
 
 SEED = 666
 BOOTSTRAPS = 2000
@@ -173,16 +174,20 @@ class SyntheticStudy:
     def _one(self, setting: Setting, geometry: Geometry, linear: bool, size: Scale, out: Path) -> dict[str, Any]:
         name = f"{setting.name.replace(' ', '-')}-{'linear' if linear else 'network'}"
         path = out / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                return {**{key: kept[key] for key in kept.files}, "words": str(kept["words"])}
+        result = kept(path, lambda: self._measured(setting, geometry, linear, size, out / f"{name}.pt"))
+        (out / f"{name}.pt").unlink(missing_ok=True)
+        words = str(result["words"])
+        print(f"{setting.name}, {'linear twin' if linear else 'network'}: {words}", flush=True)
+        return {**result, "words": words}
+
+    def _measured(self, setting: Setting, geometry: Geometry, linear: bool, size: Scale, checkpoint: Path) -> Arrays:
         shrink = size.shrink[setting.name]
         widths = [width // shrink for width in setting.widths]
         x = torch.tensor(geometry.points, dtype=torch.float32)
         labels = torch.tensor(geometry.labels, dtype=torch.float32)
         pair = [network(3, widths, linear, self.seed) for _ in range(2)]
         model, rate, loss = train(
-            pair, x, labels, "mse", self.lr * shrink, size.passes, len(x), self.seed, out / f"{name}.pt", name
+            pair, x, labels, "mse", self.lr * shrink, size.passes, len(x), self.seed, checkpoint, checkpoint.stem
         )
         mine = torch.tensor(geometry.labels == 1)
         with torch.no_grad():
@@ -190,7 +195,8 @@ class SyntheticStudy:
         limit = le.s_rel_limit(model, x[mine], dtype=torch.float64)
         looked = le.ripple(model, loss_function("mse"), (x[mine], labels[mine]), x)
         published = le.s_rel(looked, "he_su")[:, mine]
-        result = {
+        words = f"width {'-'.join(map(str, widths))}, {rate.words()}; loss {loss:.3g}, accuracy {right:.0%}"
+        return {
             "s_rel": limit.numpy(),
             "s_rel_published": published.numpy(),
             "distance": geometry.distance,
@@ -200,14 +206,8 @@ class SyntheticStudy:
             "accuracy": np.array(right),
             "loss": np.array(loss),
             "lr_used": looked.lr.numpy(),
-            "words": f"width {'-'.join(map(str, widths))}, {rate.words()}; loss {loss:.3g}, accuracy {right:.0%}",
+            "words": np.array(words),
         }
-        partial = out / f".{name}.partial.npz"
-        np.savez(partial, **result)
-        partial.rename(path)
-        (out / f"{name}.pt").unlink(missing_ok=True)
-        print(f"{setting.name}, {'linear twin' if linear else 'network'}: {result['words']}", flush=True)
-        return result
 
     def _report(self, results: dict[tuple[str, str], dict[str, Any]], scale: str, size: Scale, out: Path) -> int:
         from local_elasticity.report.figures import save

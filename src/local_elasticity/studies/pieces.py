@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from local_elasticity.base.files import discard, leftover_of, told_of_disk
+from local_elasticity.errors import InputError
 
 Arrays = dict[str, np.ndarray]
 
@@ -19,17 +21,67 @@ def kept(path: Path, compute: Callable[[], Arrays]) -> Arrays:
     Args:
         path: an .npz file.
         compute: what makes the arrays.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        InputError: for a disk that is full, or a place that cannot be written.
     """
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, zipfile.BadZipFile):
-            path.unlink()  # not ours to trust: it is made again
+            return read_arrays(path)
+        except InputError:
+            discard(path)  # not ours to trust: it is made again
     arrays = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    save: Any = np.savez_compressed
-    save(partial, **arrays)
-    os.replace(partial, path)
+    write_arrays(path, arrays)
     return arrays
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of a piece.
+
+    Args:
+        path: an .npz file.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        InputError: when it is not there, damaged, or holds anything but arrays of numbers and text.
+    """
+    with told_of_disk(path):
+        if not path.is_file():
+            raise InputError(expected=f"{path}", got="nothing there", do="run the study again, which makes it")
+        content = io.BytesIO(path.read_bytes())
+    try:
+        with np.load(content, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # whatever a damaged archive makes its readers say
+        raise InputError(
+            expected=f"{path} as it was written",
+            got=f"a damaged file ({type(error).__name__})",
+            do="remove it and run the study again, which makes it anew",
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write a piece, whole or not at all.
+
+    Args:
+        path: an .npz file; its folder is made.
+        arrays: by name.
+
+    Raises:
+        InputError: for a disk that is full, or a place that cannot be written.
+    """
+    partial, save = leftover_of(path), cast(Any, np.savez_compressed)
+    with told_of_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                save(file, **arrays)
+            partial.replace(path)
+        except Exception:
+            partial.unlink(missing_ok=True)  # room for others on a disk that is full
+            raise

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from local_elasticity.base.files import told_of_disk, write_whole
+from local_elasticity.base.locks import Lock
 from local_elasticity.devices import usable_device
 from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.progress import duration
 from local_elasticity.parallel import Task, Workers, perform
-from local_elasticity.runs import STUDY_NOTE, git_revision, is_ours, versions
+from local_elasticity.runs import STUDY_NOTE, clear_folder, git_revision, holds_notes_only, is_ours, versions
 
 TIMINGS = Path(__file__).with_name("timings.json")
 DISK = 200 * 2**20  # bytes of a study that does not say how many it needs
@@ -94,17 +96,18 @@ def run(order: Order) -> int:
     if order.device != "cpu":
         check_device(study, order)
         extra["device"] = order.device
-    note = Note(folder, order)
-    note.start()
-    try:
-        if size is None:
-            status = study.run(order.scale, folder, **extra)
-        else:
-            status = study.run_at(size, order.scale, folder, **extra)
-    except InputError:
-        note.withdraw()
-        raise
-    note.finish(status)
+    with Lock(folder / STUDY_NOTE), told_of_disk(folder):
+        note = Note(folder, order)
+        note.start()
+        try:
+            if size is None:
+                status = study.run(order.scale, folder, **extra)
+            else:
+                status = study.run_at(size, order.scale, folder, **extra)
+        except InputError:
+            note.withdraw()
+            raise
+        note.finish(status)
     return status
 
 
@@ -225,7 +228,7 @@ class Note:
         """Write it before the work; a folder that is continued keeps its history."""
         self.old = old = None if self.order.overwrite else read_note(self.folder)
         if self.order.overwrite and is_ours(self.folder):
-            shutil.rmtree(self.folder)
+            clear_folder(self.folder)
         self.content = {
             "study": self.order.name,
             "scale": self.order.scale,
@@ -246,11 +249,7 @@ class Note:
         revision = (old or {}).get("git_revision")
         if revision and revision != self.content["git_revision"]:
             print(f"{self.folder} was begun at revision {revision[:12]}; going on at {git_revision()[:12]}")
-        if (
-            not self.folder.exists()
-            or is_ours(self.folder)
-            or (self.folder.is_dir() and not any(self.folder.iterdir()))
-        ):
+        if not self.folder.exists() or is_ours(self.folder) or (self.folder.is_dir() and holds_notes_only(self.folder)):
             self.write()  # anything else is refused by the study, and left as it is
 
     def withdraw(self) -> None:
@@ -259,8 +258,7 @@ class Note:
             self.content = self.old
             self.write()
             return
-        files = {self.folder / STUDY_NOTE, self.folder / "config.json"}
-        if self.folder.is_dir() and set(self.folder.iterdir()) <= files and read_note(self.folder) is not None:
+        if self.folder.is_dir() and holds_notes_only(self.folder) and read_note(self.folder) is not None:
             shutil.rmtree(self.folder)
 
     def finish(self, status: int) -> None:
@@ -271,10 +269,9 @@ class Note:
 
     def write(self) -> None:
         """Write it whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{STUDY_NOTE}.partial"
-        partial.write_text(json.dumps(self.content, indent=2))
-        os.replace(partial, self.folder / STUDY_NOTE)
+        with told_of_disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / STUDY_NOTE, json.dumps(self.content, indent=2))
 
 
 def command(order: Order) -> str:

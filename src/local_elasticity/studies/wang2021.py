@@ -26,7 +26,7 @@ from local_elasticity.lesde.direct import impact_matrix
 from local_elasticity.networks import SimpleConv
 from local_elasticity.runs import prepare_folder
 from local_elasticity.studies.claims import Claim, print_claims, status, write_claims
-from local_elasticity.studies.pieces import Arrays, kept
+from local_elasticity.studies.pieces import Arrays, kept, read_arrays
 from local_elasticity.training.ensemble import Ensemble, due, train_ensemble
 from local_elasticity.training.recording import NOTE, PROGRESS, is_ensemble, open_ensemble
 from local_elasticity.training.schedule import Schedule, at
@@ -333,8 +333,7 @@ class Record:
     @cached_property
     def final(self) -> Arrays:
         """After the last step, whole validation set, by replica: logits, labels, loss, accuracy, means, variances."""
-        with np.load(self.folder / _FINAL) as stored:
-            return {name: stored[name][self.sound] for name in stored.files}
+        return {name: values[self.sound] for name, values in read_arrays(self.folder / _FINAL).items()}
 
     def array(self, name: str) -> np.ndarray:
         """A variable of the log, (time, sound replicas, ...)."""
@@ -374,10 +373,7 @@ class Record:
         files = [file for file in files if ".partial" not in file.name]
         if not files:
             return None
-        looks = []
-        for file in files:
-            with np.load(file) as stored:
-                looks.append({name: stored[name] for name in stored.files})
+        looks = [read_arrays(file) for file in files]
         found = {name: np.stack([look[name] for look in looks]) for name in looks[0] if name != "labels"}
         return found | {"labels": looks[0]["labels"], "times": np.array([float(file.stem) for file in files])}
 

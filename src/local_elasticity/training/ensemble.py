@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -366,14 +366,11 @@ def train_ensemble(
             _routes=routes,
         )
         recording = EnsembleStore.open(store, resume, settings, ensemble, routes)
-        session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
-        session.callback, session.calls = callback, calls
-        session.add_trackers(trackers, recording is not None and recording.resumed)
-        try:
+        with nullcontext() if recording is None else closing(recording):
+            session = _Session(ensemble, routes, bounds, recording, checking, probing, replacement, seed, loss_fn)
+            session.callback, session.calls = callback, calls
+            session.add_trackers(trackers, recording is not None and recording.resumed)
             session.run(last, workers, progress)
-        finally:
-            if recording is not None:
-                recording.release()
     return ensemble
 
 

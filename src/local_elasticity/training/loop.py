@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
 from local_elasticity.base.checks import check_choice, check_flag, check_rate, check_seed, check_whole
+from local_elasticity.base.files import discard
 from local_elasticity.errors import InputError
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
@@ -135,7 +136,7 @@ class Session:
         self.optimizer = training.build_optimizer(model)
         self.per_epoch = training.updates_per_epoch(len(self.inputs))
         self.total = training.epochs * self.per_epoch
-        self.updates = 0
+        self.updates = self._saved = 0
         self._loss = self._right = 0.0
         self._seen = self._batches = 0
 
@@ -186,11 +187,14 @@ class Session:
             scalars |= {"test_loss": lambda: look(0), "test_accuracy": lambda: look(1)}
         return scalars
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of this step, whole or not at all; older ones go once it is there."""
+    def save(self, step: int) -> str | None:
+        """Write the checkpoint of this step, whole or not at all; older ones go once it is there.
+
+        Returns:
+            Its SHA-256, which the tracker stores with the snapshot; None without checkpoints.
+        """
         if self.checkpoints is None:
-            return
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+            return None
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -198,33 +202,40 @@ class Session:
             "updates": self.updates if self.updates == step else step,
             "means": [self._loss, self._right, self._seen, self._batches],
         }
-        path = self._path(step)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        digest = write_checkpoint(self._path(step), state)
         # The snapshot of this step is not committed yet: the one before stays until then.
-        for old in sorted(self.checkpoints.glob("step-*.pt"))[:-2]:
-            old.unlink()
+        needed = {self._path(step), self._path(self._saved)}
+        for old in sorted(self.checkpoints.glob("step-*.pt")):
+            if old not in needed:
+                discard(old)
+        self._saved = step
+        return digest
 
-    def load(self, step: int) -> None:
+    def load(self, step: int, sha256: str | None = None) -> None:
         """Continue from the checkpoint of this step.
 
+        Args:
+            step: of the snapshot.
+            sha256: of its checkpoint, as the run has it: ``tracker.checkpoint``; not compared without.
+
         Raises:
-            InputError: when it is not there.
+            InputError: when it is not there, another one, damaged, or not of this network and optimiser.
         """
-        path = self._path(step)
-        if not path.exists():
+        path, again = self._path(step), "use --overwrite to start again"
+        state = read_checkpoint(path, sha256, do=again)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            updates, self._saved = int(state["updates"]), step
+            self._loss, self._right, self._seen, self._batches = state["means"]
+            set_random_state(_native(state["random"]))
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise InputError(
-                expected=f"the checkpoint of step {step}, {path.name}",
-                got=f"none in {path.parent}",
-                do="use --overwrite to start again",
-            )
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.updates = int(state["updates"])
-        self._loss, self._right, self._seen, self._batches = state["means"]
-        set_random_state(_native(state["random"]))
+                expected=f"the checkpoint of step {step} of this network and optimiser",
+                got=f"{path}, which holds something else ({type(error).__name__})",
+                do=again,
+            ) from error
+        self.updates = updates
 
     def _path(self, step: int) -> Path:
         assert self.checkpoints is not None

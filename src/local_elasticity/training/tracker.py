@@ -30,6 +30,7 @@ from local_elasticity.base.checks import (
     in_words,
     is_whole,
 )
+from local_elasticity.base.files import told_of_disk
 from local_elasticity.base.tensors import check_callable, check_module
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
@@ -41,7 +42,17 @@ from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
-from local_elasticity.runs import OUTPUTS, MemoryStore, Run, Snapshot, ZarrStore, git_revision, locate, versions
+from local_elasticity.runs import (
+    OUTPUTS,
+    MemoryStore,
+    Run,
+    Snapshot,
+    ZarrStore,
+    git_revision,
+    locate,
+    open_run,
+    versions,
+)
 from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
 from local_elasticity.updates import Update
@@ -49,6 +60,7 @@ from local_elasticity.updates import Update
 Keep = Literal["outputs", "pairs", "tables"]
 Scalar = float | Callable[[], float]
 PILOT_SOURCES = 4
+CHECKPOINTS = 16  # snapshots whose checkpoints' hashes are kept
 KEEP_LIMIT = 500 * 10**6  # bytes of outputs kept by default
 PER_PAIR = ("update", "definition", "source_class", "target_class")
 
@@ -96,7 +108,9 @@ class Tracker:
             layer, with NC3 and NC4); convolution outputs are averaged over positions.
         configuration: anything that describes the run; stored with it.
         seed: of the bootstrap intervals.
-        before_commit: called with the step just before a snapshot is committed, for example to write a checkpoint.
+        before_commit: called with the step just before a snapshot is committed, for example to write a checkpoint;
+            where it returns a text, the hash of that checkpoint, the text is stored with the snapshot
+            (``Tracker.checkpoint``).
         limits: names of updates, affine in the gradient (SGD), to be looked at in their small-step limit: by the engine
             "linear", every definition at its limit. Their ``after`` holds before + first-order change.
 
@@ -126,7 +140,7 @@ class Tracker:
         collapse_layers: Sequence[str] = (),
         configuration: Mapping[str, Any] | None = None,
         seed: int = 0,
-        before_commit: Callable[[int], None] | None = None,
+        before_commit: Callable[[int], Any] | None = None,
         limits: Sequence[str] = (),
     ) -> None:
         self.model, self.loss_fn = inner_module(check_module("model", model)), loss_fn
@@ -161,6 +175,7 @@ class Tracker:
         self._epoch: float | None = None
         self._epoch_start = 0
         self.updates_made = self.resume_step = 0
+        self._checkpoints: dict[str, str] = {}
         self._attributes = self._describe(check_mapping("configuration", configuration, or_none=True))
         self._open(store, _checked_resume(resume))
 
@@ -205,7 +220,7 @@ class Tracker:
             self._store.create(self._static(impacts), {**self._attributes, **attributes})
             self._created = True
         if self.before_commit is not None:
-            self.before_commit(self.updates_made)
+            attributes |= self._note_checkpoint(self.before_commit(self.updates_made))
         self._store.append(self.updates_made, content, attributes)
         seconds = time.perf_counter() - started
         self._measuring += seconds
@@ -222,8 +237,7 @@ class Tracker:
         if isinstance(self._store, ZarrStore):
             self._store.drop_replaced()
         self._store.set_attributes({"finished": True, "overhead": self.overhead})
-        if isinstance(self._store, ZarrStore):
-            self._store.release()
+        self._store.close()
         return self._store.open()
 
     def __enter__(self) -> Tracker:
@@ -234,6 +248,24 @@ class Tracker:
     ) -> None:
         if kind is None:
             self.finish()
+        else:
+            self._store.close()
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What ``before_commit`` returned for the snapshot that the run continues from; None where it returned nothing.
+
+        A checkpoint without this hash is not that snapshot's.
+        """
+        return self._checkpoints.get(str(self.resume_step))
+
+    def _note_checkpoint(self, returned: Any) -> dict[str, Any]:
+        """The hashes of the last checkpoints, as an attribute of the run."""
+        if isinstance(returned, str):
+            here = str(self.updates_made)
+            others = [(step, text) for step, text in self._checkpoints.items() if step != here]
+            self._checkpoints = {**dict(others[1 - CHECKPOINTS :]), here: returned}
+        return {"checkpoints": self._checkpoints} if self._checkpoints else {}
 
     @property
     def overhead(self) -> float:
@@ -481,22 +513,33 @@ class Tracker:
         if not self.looks:
             self._follow(path, resume)
             return
-        self._store = writer = ZarrStore(path)
-        if not path.exists():
-            writer.lock()
+        self._store = ZarrStore(path)
+        self._store.hold()  # before anything is read: another writer would make it untrue
+        try:
+            with told_of_disk(path):
+                self._take_up(path, resume)
+        except BaseException:
+            self._store.lock.withdraw()
+            raise
+
+    def _take_up(self, path: Path, resume: bool | int) -> None:
+        """Continue the run that is there, if any; one without snapshots, killed while it was made, is made again."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if locate(path) is None:
             raise InputError(
                 expected="an empty place or a run",
-                got=f"something else at {path}",
+                got=f"something else at {path}, or a run whose zarr.json is damaged",
                 do="choose another path, or move it away",
             )
+        run = open_run(path)
+        if not run.dataset.sizes.get("step", 0) and not run.dataset.attrs.get("finished", False):
+            return
         if resume is False:
             raise InputError(
                 expected="a new path", got=f"a run at {path}", do="pass resume=True to continue it, or another path"
             )
-        writer.lock()
-        self._continue(resume)
+        self._continue(run, resume)
 
     def _follow(self, path: Path, resume: bool | int) -> None:
         """Count on from where rank 0 continues, without a store of its own: two processes never write one run."""
@@ -506,9 +549,9 @@ class Tracker:
         steps = ZarrStore(path).open().dataset["step"].values if resume is True else [int(resume)]
         self.resume_step = self.updates_made = int(max(steps, default=0))
 
-    def _continue(self, resume: bool | int) -> None:
+    def _continue(self, run: Run, resume: bool | int) -> None:
         assert isinstance(self._store, ZarrStore)
-        dataset = Run(self._store.open().dataset).dataset
+        dataset = run.dataset
         checks = {
             "probes": (dataset.attrs.get("probes_sha256"), self._attributes["probes_sha256"]),
             "updates": ([str(x) for x in dataset["update"].values], list(self.updates)),
@@ -535,6 +578,7 @@ class Tracker:
             # runs from before routes followed from counts say only what was taken
             stored = json.loads(dataset.attrs.get("asked_routes", dataset.attrs.get("routes", "{}")))
             self._asked |= {name: tuple(asked) for name, asked in stored.items() if name in self._asked}
+        self._checkpoints = dict(dataset.attrs.get("checkpoints", {}))
         if resume is True and "epoch_start" in dataset.attrs:
             self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
         self._store.set_attributes({"finished": False})
