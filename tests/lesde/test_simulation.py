@@ -92,7 +92,7 @@ def test_simulate_writes_what_it_says(tmp_path, capsys):
     ("arguments", "says"),
     [
         (["--alpha", "import os"], "alpha as arithmetic"),
-        (["--classes", "1"], "K >= 2"),
+        (["--classes", "1"], "--classes: a whole number >= 2"),
         (["--features", "5"], "p = K"),
         (["--sigma", "-1"], "at least 0"),
         (["--alpha", "1/t"], "finite alpha"),

@@ -388,11 +388,11 @@ def try_model(
 ) -> Any:
     """Call a network on inputs; what it raises is refused in words about the inputs.
 
-    The caller sees to it that the call leaves no trace (``impact.subject.preserved``).
+    The caller sees to it that the call leaves no trace in the network (``impact.subject.preserved``).
 
     Args:
         model: the network.
-        inputs: one sample or a few.
+        inputs: one sample or a few; the network is given a copy, in which it may work in place.
         name: of the inputs.
         call: what to call in place of the network.
 
@@ -403,7 +403,7 @@ def try_model(
         InputError: when it raised: for a dtype or shape that its layers do not take, or its own reasons.
     """
     try:
-        return (call or model)(inputs)
+        return (call or model)(inputs.clone())
     except InputError:
         raise
     except Exception as error:
