@@ -126,13 +126,13 @@ def compare(
     K, p = observed.shape[1:]
     check_whole("n", n, or_none=True)
     check_whole("last", last, or_none=True)
-    coordinate = check_whole_list("coordinate", coordinate)
-    if len(coordinate) != 2 or not (0 <= coordinate[0] < K and 0 <= coordinate[1] < p):
+    place = check_whole_list("coordinate", coordinate)
+    if len(place) != 2 or not (0 <= place[0] < K and 0 <= place[1] < p):
         raise InputError(expected=f"a class below {K} and a coordinate below {p}", got=f"{coordinate}", do="choose one")
     predicted = np.asarray(sde.mean(t))
     band, widths = _bands(sde, t, observed.shape, error, sd, n)
     tail = min(last or 1000, max(1, len(t) // 10)) if last is None else min(last, len(t))
-    k, j = coordinate
+    k, j = place
     with np.errstate(divide="ignore", invalid="ignore"):
         scalar = float(observed[-tail:, k, j].mean() / predicted[-tail:, k, j].mean())
         best = float((observed * predicted).sum() / (predicted**2).sum())
