@@ -72,40 +72,64 @@ def study_in(out, workers) -> Series:
     return found[0]
 
 
-def equal_to_serial(serial, tmp_path, monkeypatch, workers):
-    """Run the study beside a task whose worker dies; its numbers are the serial ones, bit for bit."""
+def with_a_death(tasks, tmp_path, workers):
+    """Perform tasks beside one whose worker dies."""
+    found = perform([dying_task(tmp_path), *tasks], workers)
+    assert found[0] == {"threads": 1}
+    assert (tmp_path / "begun").exists()
+    return found[1:]
+
+
+def tracking_tasks(folder):
+    """Short tracked trainings, each with a seed of its own."""
+
+    def work(seed):
+        import torch
+        from torch import nn
+
+        import local_elasticity as le
+
+        torch.manual_seed(seed)
+        model, loss = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), nn.CrossEntropyLoss()
+        x, y = torch.randn(12, 5), torch.arange(12) % 3
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        tracker = le.Tracker(model, loss, (x, y), update=le.from_optimizer(optimizer), schedule=le.every(2))
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            tracker.step()
+        return {"after": tracker.finish().dataset["after"].values.tolist(), "threads": torch.get_num_threads()}
+
+    return [Task(f"seed {seed}", work, (seed,), folder / f"{seed}.json") for seed in range(3)]
+
+
+def equal_to_serial(tmp_path, workers):
+    """Trainings beside a task whose worker dies have the numbers of this process, bit for bit."""
+    wanted = perform(tracking_tasks(tmp_path / "serial"))
+    assert with_a_death(tracking_tasks(tmp_path / "spread"), tmp_path, workers) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:a worker was lost")
+def test_loky_gives_the_serial_numbers_of_a_study_and_survives_a_death(serial, tmp_path, monkeypatch):
     data, wanted = serial
     monkeypatch.setenv(files.ENVIRONMENT, str(data))
-    records = []
-
-    def with_a_death(tasks, where):
-        found = perform([dying_task(tmp_path), *tasks], where)
-        records.append(found[0])
-        return found[1:]
-
-    monkeypatch.setattr(study, "perform", with_a_death)
-    found = study_in(tmp_path / "study", workers)
-    assert records == [{"threads": 1}]
-    assert (tmp_path / "begun").exists()
+    monkeypatch.setattr(study, "perform", lambda tasks, where: with_a_death(tasks, tmp_path, where))
+    found = study_in(tmp_path / "study", Workers("loky", 2))
     np.testing.assert_array_equal(found.tables.values, wanted.tables.values)
     for mine, theirs in zip(found.datasets, wanted.datasets, strict=True):
         assert np.array_equal(mine["after"].values, theirs["after"].values)
         assert int(mine.attrs["threads"]) == 1
 
 
-@pytest.mark.filterwarnings("ignore:a worker was lost")
-def test_loky_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
-    equal_to_serial(serial, tmp_path, monkeypatch, Workers("loky", 2))
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_dask_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
+def test_dask_gives_the_serial_numbers_and_survives_a_death(tmp_path):
     pytest.importorskip("distributed", reason='needs dask: pip install "local-elasticity[dask]"')
-    equal_to_serial(serial, tmp_path, monkeypatch, Workers("dask", 2))
+    equal_to_serial(tmp_path, Workers("dask", 2))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_ray_cluster_gives_the_serial_numbers_and_survives_a_death(serial, tmp_path, monkeypatch):
+def test_a_ray_cluster_gives_the_serial_numbers_and_survives_a_death(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token that lies in the home may be asked for
     pytest.importorskip("ray", reason='needs Ray: pip install "local-elasticity[ray]"')
     with socket.socket() as free:
@@ -123,7 +147,7 @@ def test_a_ray_cluster_gives_the_serial_numbers_and_survives_a_death(serial, tmp
                     break
             assert head.poll() is None, "ray start ended"
             time.sleep(0.2)
-        equal_to_serial(serial, tmp_path, monkeypatch, Workers("ray", 2, f"127.0.0.1:{port}"))
+        equal_to_serial(tmp_path, Workers("ray", 2, f"127.0.0.1:{port}"))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGTERM)
@@ -147,7 +171,7 @@ def test_a_cluster_that_does_not_answer_is_refused_in_seconds(backend, tmp_path)
     ("arguments", "message"),
     [
         (("luky",), "did you mean 'loky'"),
-        (("loky", 0), "jobs >= 1"),
+        (("loky", 0), "jobs: a whole number >= 1"),
         (("loky", 2, "127.0.0.1:1"), "no address"),
     ],
 )
