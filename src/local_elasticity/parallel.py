@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -145,11 +146,11 @@ def _perform(task: Task) -> dict[str, Any]:
         return read_record(task.record)
     with one_thread():
         record = task.function(*task.arguments)
-    partial = task.record.with_name(f".{task.record.name}.{os.getpid()}.partial")  # two workers may share a task
+    building = task.record.with_name(f".{task.record.name}.{os.getpid()}.partial")  # two workers may share a task
     with told_of_disk(task.record):
         task.record.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=2))
-        os.replace(partial, task.record)
+        building.write_text(json.dumps(record, indent=2))
+        os.replace(building, task.record)
     return read_record(task.record)
 
 
@@ -202,33 +203,35 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _backend(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
+    """What gives tasks out, and returns when all are done."""
+    with {"loky": _loky, "ray": _ray, "dask": _dask}[workers.backend](workers) as give_out:
+        yield give_out
+
+
+def _by_joblib(workers: Workers, tasks: list[Task]) -> None:
     import joblib
 
-    def parallel(tasks: list[Task]) -> None:
-        # No generator returns: Ray's backend has none. A batch is one task, so that a lost worker costs one.
-        options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "all"}
-        jobs = min(workers.jobs, len(tasks))
-        if workers.backend == "loky":
-            with _deaf_to_interrupts():  # its workers are started by the first call, and serve the second
-                joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(os.getpid)() for _ in range(jobs))
-        joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(_perform)(task) for task in tasks)
-
-    with {"loky": _loky, "ray": _ray, "dask": _dask}[workers.backend](workers):
-        yield parallel
+    # No generator returns: Ray's backend has none. A batch is one task, so that a lost worker costs one.
+    options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "all"}
+    jobs = min(workers.jobs, len(tasks))
+    if workers.backend == "loky":
+        with _deaf_to_interrupts():  # its workers are started by the first call, and serve the second
+            joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(os.getpid)() for _ in range(jobs))
+    joblib.Parallel(n_jobs=jobs, **options)(joblib.delayed(_perform)(task) for task in tasks)
 
 
 @contextmanager
-def _loky(workers: Workers) -> Iterator[None]:
+def _loky(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
     import joblib
 
     with warnings.catch_warnings(), joblib.parallel_config("loky", n_jobs=workers.jobs, inner_max_num_threads=1):
         # Workers that have grown are replaced between tasks, which take minutes; nothing is lost by it.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        yield
+        yield partial(_by_joblib, workers)
 
 
 @contextmanager
-def _ray(workers: Workers) -> Iterator[None]:
+def _ray(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
     import joblib
 
     if workers.address and workers.address != "auto":
@@ -255,16 +258,14 @@ def _ray(workers: Workers) -> Iterator[None]:
         # A lost actor is started again by Ray, and its task with it: the pool itself would wait for it for ever.
         retries = {"max_restarts": -1, "max_task_retries": ATTEMPTS}
         with joblib.parallel_config(backend="ray", n_jobs=workers.jobs, ray_remote_args=retries):
-            yield
+            yield partial(_by_joblib, workers)
     finally:
         if ours:
             ray.shutdown()
 
 
 @contextmanager
-def _dask(workers: Workers) -> Iterator[None]:
-    import joblib
-
+def _dask(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
     address = workers.address
     if address and not Path(address).is_file():
         _check_answers("dask", address)
@@ -284,8 +285,8 @@ def _dask(workers: Workers) -> Iterator[None]:
     except (OSError, TimeoutError, ValueError) as error:
         raise _no_answer("dask", address or "this machine", error) from error
     try:
-        with joblib.parallel_config(backend="dask", n_jobs=workers.jobs):
-            yield
+        # Futures, not joblib: its backend may wait for ever for a result that was lost with its worker.
+        yield lambda tasks: client.gather(client.map(_perform, tasks, pure=False))
     finally:
         client.close()
         if cluster is not None:
