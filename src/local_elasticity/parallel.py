@@ -284,9 +284,13 @@ def _dask(workers: Workers) -> Iterator[Callable[[list[Task]], None]]:
         client = Client(where, timeout=START_SECONDS, **file)
     except (OSError, TimeoutError, ValueError) as error:
         raise _no_answer("dask", address or "this machine", error) from error
+
+    def give_out(tasks: list[Task]) -> None:
+        # Futures, not joblib, whose backend was seen to wait for ever after a worker was lost.
+        client.gather(client.map(_perform, tasks, pure=False))
+
     try:
-        # Futures, not joblib: its backend may wait for ever for a result that was lost with its worker.
-        yield lambda tasks: client.gather(client.map(_perform, tasks, pure=False))
+        yield give_out
     finally:
         client.close()
         if cluster is not None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextvars
+import copy
 import queue
 import threading
 import weakref
@@ -232,7 +233,7 @@ def test_an_ensemble_leaves_weights_without_gradient_and_its_data_alone(route: A
 
     def make() -> nn.Module:
         made.append(WithUnused().double())
-        return made[-1]
+        return copy.deepcopy(made[-1])
 
     first = x.clone()
     decay = {"lr": RATE, "weight_decay": 0.1}

@@ -441,6 +441,12 @@ def refusal_of_inputs(model: nn.Module, inputs: Tensor, name: str, error: BaseEx
             got=str(inputs.dtype),
             do=f"convert them: {as_code(name)}.long()",
         )
+    if "does not require grad" in str(error):
+        return InputError(
+            expected="a forward pass that works under torch.no_grad(), as looks call it",
+            got="one that differentiates within",
+            do="do that in `with torch.enable_grad():`, on an input that requires a gradient there",
+        )
     return InputError(
         expected=f"{name} that the model takes" + _first_sizes(model),
         got=f"{type(error).__name__} in its forward pass for {name} of shape {tuple(inputs.shape)}",

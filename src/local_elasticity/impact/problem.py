@@ -277,7 +277,7 @@ class Problem:
             if not loss.requires_grad:
                 raise no_gradient()
             if examine:
-                _refuse_hidden_graph(loss)
+                refuse_hidden_graph(loss)
             gradients = self._gradients(loss, source)
         self._refuse_leftovers()
         if examine:
@@ -410,7 +410,7 @@ def no_gradient() -> InputError:
     )
 
 
-def _refuse_hidden_graph(loss: Tensor) -> None:
+def refuse_hidden_graph(loss: Tensor) -> None:
     """Refuse reentrant checkpoints: weights used only inside are not seen by ``torch.autograd.grad``."""
     nodes, known = [loss.grad_fn], set()
     while nodes:

@@ -232,7 +232,11 @@ class Subject:
 
     def weights_written(self) -> bool:
         """Whether the pass that is under way has written to trainable weights."""
-        return self._shadows.written([p for p in self.model.parameters() if id(p) in self._trainable])
+        return self.has_written([p for p in self.model.parameters() if id(p) in self._trainable])
+
+    def has_written(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether any of these has been written in place since the last rewind."""
+        return self._shadows.written(tensors)
 
     @property
     def restless(self) -> bool:

@@ -6,7 +6,6 @@ every replica, its sample, its label, its outputs before the update and its loss
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import random
@@ -47,14 +46,15 @@ from local_elasticity.base.tensors import (
 )
 from local_elasticity.collapse import GEOMETRY, layer_outputs, metrics_of_many
 from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import widened
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
-from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route, idle_weights
+from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route, try_replica
 from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error
 from local_elasticity.training.lockstep.optimizers import Rule
-from local_elasticity.training.lockstep.routes import Loop, Problem, Stack
+from local_elasticity.training.lockstep.routes import Loop, Problem, Stack, copied
 from local_elasticity.training.recording import BLOCK, EnsembleStore
 from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
 
@@ -145,9 +145,16 @@ class Ensemble:
 
     def model(self, position: int) -> nn.Module:
         """A network with the weights of the replica at this position, independent of the ensemble."""
-        model = copy.deepcopy(self._template)
-        _load(model, self.weights, self.buffers, position)
+        live = self._live(position)
+        model = copied(live or self._template)
+        if live is None:
+            _load(model, self.weights, self.buffers, position)
         return model
+
+    def _live(self, position: int) -> nn.Module | None:
+        """The replica itself, where it is a network of its own, with all that it keeps."""
+        networks = [model for route in self._routes if isinstance(route, Loop) for model in route.models]
+        return networks[position] if networks else None
 
     def outputs(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """What every replica says of these samples now, in eval mode."""
@@ -187,6 +194,7 @@ class Ensemble:
         return as_dataset(self.log, self.times, self.replicas, self.layers, self.diverged, self.step)
 
 
+@told_of_memory()
 def train_ensemble(
     make_model: Callable[[], nn.Module],
     data: Any,
@@ -316,13 +324,22 @@ def train_ensemble(
     stack = _placed(stack, dtype, device)
     problem = Problem(_cast(x, dtype, device), _cast(y, dtype, device), loss_fn, rule, batch_size)
     outputs = _check_outputs(stack, problem)
-    stack.idle = idle_weights(stack, problem)
+    trial = try_replica(stack, problem)
+    stack.idle = trial.idle
+    if trial.hidden and store is not None:
+        raise InputError(
+            expected="networks whose state is weights and buffers, for a store",
+            got=f"a forward pass that changes {trial.hidden}",
+            do="register_buffer() what is kept, or leave store= out",
+        )
     checking = _Looks.of(validation, validate, steps, 20, "validation", dtype, device)
     probing = _Looks.of(probes, probe, steps, 100, "probes", dtype, device)
     _check_looks(checking, probing, outputs, collapse_layers, stack.template)
     calls = frozenset(due(call or every(1), steps)) if callback else frozenset()
     with _one_thread() as available:
-        chosen = route if route is not None else choose_route(stack, problem)
+        chosen = choose_route(stack, problem, trial, route)
+        if chosen != "loop":
+            stack.models = ()
         chunk = min(chunk_size or default_chunk(stack, chosen), len(numbers))
         bounds = [(i, min(i + chunk, len(numbers))) for i in range(0, len(numbers), chunk)]
         workers = 1 if chosen == "loop" or device.type != "cpu" else max(1, min(threads or available, len(bounds)))
@@ -403,7 +420,7 @@ class _Session:
 
     def add_trackers(self, makers: Mapping[int, TrackerMaker], resumed: bool) -> None:
         for position, maker in makers.items():
-            model = self.ensemble.model(position)
+            model = self.ensemble._live(position) or self.ensemble.model(position)
             tracker = maker(model, self.ensemble.step if resumed else False)
             looks = due(tracker.schedule, self.ensemble.steps, first=False, last=False)
             self.trackers[position] = (model, tracker, frozenset(looks))
@@ -483,7 +500,8 @@ class _Session:
             self._probe(self.probing.position(step))
         for position, (model, tracker, looks) in self.trackers.items():
             if step in looks:
-                _load(model, self.ensemble.weights, self.ensemble.buffers, position)
+                if self.ensemble._live(position) is None:
+                    _load(model, self.ensemble.weights, self.ensemble.buffers, position)
                 tracker.updates_made = step
                 tracker.snapshot()
         if self.callback is not None and step in self.calls:
@@ -516,9 +534,12 @@ class _Session:
         names = ensemble.layers[1:]
         if not names:
             return {"outputs": ensemble.outputs(x)}
-        model, seen = copy.deepcopy(ensemble._template).eval(), []
+        seen = []
         for position in range(len(ensemble.replicas)):
-            _load(model, ensemble.weights, ensemble.buffers, position)
+            model = ensemble._live(position)
+            if model is None:
+                model = ensemble._template
+                _load(model, ensemble.weights, ensemble.buffers, position)
             with preserved(model, "eval", restore_streams=True), _output_of(model) as out:
                 layers = layer_outputs(model, x.clone(), names)
             seen.append({"outputs": _rows(out[0]), **layers})
@@ -682,7 +703,7 @@ def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int
             torch.manual_seed(own)
             np.random.seed(own % 2**32)  # noqa: NPY002 (make_model may draw from the global stream)
             random.seed(own)
-            models.append(_one_made(make_model))
+            models.append(copied(_one_made(make_model)))  # the caller may hold it
     finally:
         set_random_state(streams)
     if len({id(p) for model in models for p in model.parameters()}) < sum(len(list(m.parameters())) for m in models):
@@ -714,11 +735,14 @@ def _placed(stack: Stack, dtype: torch.dtype, device: torch.device) -> Stack:
     def place(x: Tensor) -> Tensor:
         return x.to(device, dtype).contiguous() if x.is_floating_point() else x.to(device)
 
-    return Stack(
-        copy.deepcopy(stack.template).to(device, dtype),
+    placed = Stack(
+        stack.template.to(device, dtype),
         {name: place(w) for name, w in stack.weights.items()},
         {name: place(b) for name, b in stack.buffers.items()},
+        [model.to(device, dtype) for model in stack.models],
     )
+    placed.settle()
+    return placed
 
 
 def _cast(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -751,7 +775,7 @@ def _is_class(y: Tensor) -> bool:
 
 def _check_outputs(stack: Stack, problem: Problem) -> int:
     """The number of outputs, after one forward pass and one loss of the first replica."""
-    model = copy.deepcopy(stack.template)
+    model = copied(stack.template)
     _load(model, stack.weights, stack.buffers, 0)
     n = problem.batch_size
     with torch.no_grad(), preserved(model, "as_is", restore_streams=True):
@@ -792,7 +816,7 @@ def _check_looks(checking: _Looks, probing: _Looks, outputs: int, layers: Sequen
         )
     for name, looks in (("validation", checking), ("probes", probing)):
         if looks.pair is not None:
-            with torch.no_grad(), preserved(copy.deepcopy(template), "eval", restore_streams=True) as subject:
+            with torch.no_grad(), preserved(copied(template), "eval", restore_streams=True) as subject:
                 try_model(subject.model, looks.pair[0][:1], f"inputs of {name}")
         if looks.classes > max(outputs, 2):
             raise InputError(

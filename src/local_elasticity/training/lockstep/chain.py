@@ -29,6 +29,8 @@ def find_chain(model: nn.Module, x: Tensor) -> Chain:
         handles = [leaf.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for leaf in leaves]
         try:
             last = model(x)
+        except RuntimeError as error:
+            raise Unsupported("a forward pass that needs a graph") from error
         finally:
             for handle in handles:
                 handle.remove()

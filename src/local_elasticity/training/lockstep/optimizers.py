@@ -7,7 +7,8 @@ forming it: for one sample a step that is the cheapest update there is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,7 @@ class StackedOptimizer:
         self.plain = rule.optimizer == "sgd" and not rule.momentum
         self.keep = 1 - rule.lr * rule.weight_decay  # what plain SGD with weight decay leaves of a weight
         self.steps = 0
+        self.absent: set[tuple[str, int]] = set()  # weights (name, replica) that the last step did not reach
         moments = () if self.plain else ("velocity",) if rule.optimizer == "sgd" else ("mean", "square")
         self.moments = {kind: {name: torch.zeros_like(w) for name, w in weights.items()} for kind in moments}
 
@@ -110,6 +112,27 @@ class StackedOptimizer:
         else:
             weight.baddbmm_(left.transpose(1, 2), right, beta=self.keep, alpha=-lr)
         return None
+
+    @contextmanager
+    def left_alone(self, absent: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """Let weights (name, replica) without gradient be as they were, after the step inside; as in ``torch.optim``.
+
+        Raises:
+            InputError: for "adam", which counts the steps of every weight by itself.
+        """
+        if self.rule.optimizer == "adam" and self.steps and set(absent) != self.absent:
+            name, _ = min(set(absent) ^ self.absent)
+            raise InputError(
+                expected="weights that every batch reaches, or none, with optimizer='adam'",
+                got=f"no gradient of {name!r} at some batches",
+                do="let unused parts take part with the factor 0, or use optimizer='sgd'",
+            )
+        self.absent = set(absent)
+        tensors = [held[name][i] for name, i in absent for held in (self.weights, *self.moments.values())]
+        kept = [t.clone() for t in tensors]
+        yield
+        for t, before in zip(tensors, kept, strict=True):
+            t.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         """Everything but the weights, by name."""

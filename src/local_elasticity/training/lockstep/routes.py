@@ -6,9 +6,9 @@ All keep the weights stacked (replica, ...) and give the same numbers up to roun
 from __future__ import annotations
 
 import copy
-import warnings
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from local_elasticity.impact.shadows import private
 from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.chain import Chain, find_chain
-from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, PooledConv2d, Unsupported, arrange, arranged
+from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, PooledConv2d, arrange, arranged
 from local_elasticity.training.lockstep.losses import LossFunction, stacked_loss
 from local_elasticity.training.lockstep.optimizers import Rule, StackedOptimizer
 
@@ -59,6 +59,7 @@ class Stack:
         template: one of them; its own weights are not used.
         weights: name -> (replica, ...).
         buffers: name -> (replica, ...).
+        models: the networks themselves, in whose places the rows of ``weights`` and ``buffers`` lie.
         idle: names of weights that get no gradient: as in ``torch.optim`` nothing moves them, no decay either.
     """
 
@@ -67,9 +68,11 @@ class Stack:
         template: nn.Module,
         weights: dict[str, Tensor],
         buffers: dict[str, Tensor],
+        models: Sequence[nn.Module] = (),
         idle: frozenset[str] = frozenset(),
     ) -> None:
-        self.template, self.weights, self.buffers, self.idle = template, weights, buffers, idle
+        self.template, self.weights, self.buffers = template, weights, buffers
+        self.models, self.idle = models, idle
 
     @classmethod
     def of(cls, models: Sequence[nn.Module]) -> Stack:
@@ -78,26 +81,28 @@ class Stack:
         Raises:
             InputError: when they differ in shape.
         """
-        kinds = [[(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()] for model in models]
+        kinds = [
+            [(name, tuple(t.shape), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())]
+            for model in models
+        ]
         odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
         if odd is not None:
             raise InputError(
                 expected="make_model() to return networks of one shape",
-                got=f"replica {odd} with other parameters than replica 0",
+                got=f"replica {odd} with other parameters or buffers than replica 0",
                 do="draw weights in make_model(), not architectures",
             )
-        parts = [dict(model.named_parameters()) for model in models]
-        weights = {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
-        held = [dict(model.named_buffers()) for model in models]
-        buffers = {name: torch.stack([part[name].detach() for part in held]) for name in held[0]}
-        return cls(models[0], weights, buffers)
+        template = copied(models[0])
+        weights = _gathered(models, nn.Module.named_parameters)
+        return cls(template, weights, _gathered(models, nn.Module.named_buffers), models)
 
     def rows(self, start: int, stop: int) -> Stack:
         """Some of the replicas; their tensors are views of these, with a template of their own."""
         return Stack(
-            copy.deepcopy(self.template),
+            copied(self.template),
             {name: w[start:stop] for name, w in self.weights.items()},
             {name: b[start:stop] for name, b in self.buffers.items()},
+            self.models[start:stop],
             self.idle,
         )
 
@@ -108,14 +113,22 @@ class Stack:
             return x.to(dtype, copy=True) if x.is_floating_point() else x.clone()
 
         return Stack(
-            copy.deepcopy(self.template).to(dtype),
+            copied(self.template).to(dtype),
             {name: convert(w) for name, w in self.weights.items()},
             {name: convert(b) for name, b in self.buffers.items()},
-            self.idle,
+            idle=self.idle,
         )
 
     def __len__(self) -> int:
         return len(next(iter(self.weights.values())))
+
+    def settle(self) -> None:
+        """Let weights and buffers of the networks lie in the stack."""
+        for i, model in enumerate(self.models):
+            for name, parameter in model.named_parameters():
+                parameter.data = self.weights[name][i]
+            for name, buffer in model.named_buffers():
+                buffer.data = self.buffers[name][i]
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -261,11 +274,14 @@ class Vmap(Route):
         loss = self.problem.loss_fn(out, y)
         return loss, (out, loss)
 
+    def gradients(self, index: Int64[Tensor, "replicas batch"]) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Gradients of all replicas, and their outputs and losses."""
+        x, y = self.problem.inputs[index], self.problem.labels[index]
+        return self.advance(self.stack.trained, {**self.frozen, **self.stack.buffers}, x, y)
+
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """All gradients at once, then the step."""
-        x, y = self.problem.inputs[index], self.problem.labels[index]
-        rest = {**self.frozen, **self.stack.buffers}
-        gradients, (outputs, losses) = self.advance(self.stack.trained, rest, x, y)
+        gradients, (outputs, losses) = self.gradients(index)
         with torch.no_grad():
             self.optimizer.begin()
             for name, gradient in gradients.items():
@@ -283,13 +299,9 @@ class Loop(Route):
     name = "loop"
 
     def __init__(self, stack: Stack, problem: Problem) -> None:
+        stack.idle = frozenset()  # each batch shows anew what it reaches
         super().__init__(stack, problem)
-        self.models = [copy.deepcopy(stack.template) for _ in range(len(stack))]
-        for i, model in enumerate(self.models):
-            for name, parameter in model.named_parameters():
-                parameter.data = stack.weights[name][i]
-            for name, buffer in model.named_buffers():
-                buffer.data = stack.buffers[name][i]
+        self.models = stack.models
         self.generators = _default_generators(problem.inputs.device)
         self.streams: list[list[Tensor]] | None = None  # of every replica, one for each generator
 
@@ -303,6 +315,7 @@ class Loop(Route):
     def step(self, index: Int64[Tensor, "replicas batch"]) -> tuple[Tensor, Tensor]:
         """One gradient after the other, then the step of all."""
         outputs, losses, gradients, trained = [], [], [], self.stack.trained
+        absent: list[tuple[str, int]] = []
         here = random_state()
         try:
             for i, model in enumerate(self.models):
@@ -313,36 +326,49 @@ class Loop(Route):
                 loss = self.problem.loss_fn(out, self.problem.labels[index[i]])
                 named = {name: p for name, p in model.named_parameters() if name in trained}
                 found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+                absent += [(name, i) for name, gradient in zip(named, found, strict=True) if gradient is None]
                 gradients.append(
                     {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
                 )
+                self._gather(i)
                 outputs.append(out.detach())
                 losses.append(loss.detach())
                 if self.streams is not None:
                     self.streams[i] = [generator.get_state() for generator in self.generators]
         finally:
             set_random_state(here)
-        with torch.no_grad():
+        with torch.no_grad(), self.optimizer.left_alone(absent):
             self.optimizer.begin()
             for name in gradients[0]:
                 self.optimizer.dense(name, torch.stack([part[name] for part in gradients]))
         return _two_dimensional(torch.stack(outputs)), torch.stack(losses)
+
+    def _gather(self, replica: int) -> None:
+        """Forward passes may put other tensors in the place of buffers and weights: the stack takes what they hold."""
+        model = self.models[replica]
+        for held, rows in ((model.named_buffers(), self.stack.buffers), (model.named_parameters(), self.stack.weights)):
+            for name, tensor in held:
+                row = rows[name][replica]
+                if tensor.data_ptr() != row.data_ptr():
+                    row.copy_(tensor.detach())
+                    tensor.data = row
 
     def look(self, x: Float[Tensor, "samples ..."]) -> Float[Tensor, "replicas samples outputs"]:
         """One forward pass after the other."""
         parts = []
         for model in self.models:
             with preserved(model, "eval", restore_streams=True):
-                parts.append(model(x))
+                parts.append(model(x).detach())
         return _two_dimensional(torch.stack(parts))
 
     def state(self) -> dict[str, Any]:
         """The random streams too."""
-        return {**super().state(), "streams": self.streams or []}
+        return {**super().state(), "streams": self.streams or [], "absent": sorted(self.optimizer.absent)}
 
     def load(self, state: Mapping[str, Any], steps: int) -> None:
         """Put a state back."""
         super().load(state, steps)
+        self.optimizer.absent = {(name, i) for name, i in state.get("absent", ())}
         # Generators take their states from main memory, wherever a checkpoint was read to.
         self.streams = [[stream.cpu().clone() for stream in streams] for streams in state["streams"]] or None
         if self.streams is not None and any(len(streams) != len(self.generators) for streams in self.streams):
@@ -353,80 +379,50 @@ class Loop(Route):
             )
 
 
-ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
+def _gathered(models: Sequence[nn.Module], names: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+    """Name -> (replica, ...) of all parameters, or all buffers."""
+    parts = [dict(names(model)) for model in models]
+    return {name: torch.stack([part[name].detach() for part in parts]) for name in parts[0]}
 
 
-def idle_weights(stack: Stack, problem: Problem) -> frozenset[str]:
-    """Names of the trainable weights that the loss of the first samples does not reach."""
-    model = copy.deepcopy(stack.template)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    some = slice(0, problem.batch_size)
-    try:
-        with preserved(model, "as_is", problem.loss_fn, restore_streams=True):
-            loss = problem.loss_fn(model(problem.inputs[some].clone()), problem.labels[some].clone())
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # told by the first real step
-        return frozenset()
-    return frozenset(name for name, gradient in zip(named, found, strict=True) if gradient is None)
-
-
-def choose_route(stack: Stack, problem: Problem) -> RouteName:
-    """The fastest route that this network allows, tried on two of its replicas.
-
-    Warns:
-        UserWarning: naming the layer, when only the loop is left.
-    """
-    two = stack.rows(0, 2)
-    try:
-        if agrees(two, problem):
-            return "kernels"
-    except Unsupported:
-        pass
-    entered: list[str] = []
-    trial = two.to(problem.inputs.dtype)
-    names = {module: name or "the network" for name, module in trial.template.named_modules()}
-    for module in names:
-        module.register_forward_pre_hook(lambda m, args: entered.append(f"{names[m]} ({type(m).__name__})"))
-    try:
-        index = torch.zeros(len(two), problem.batch_size, dtype=torch.int64, device=problem.inputs.device)
-        Vmap(trial, problem).step(index)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        layer = entered[-1] if entered else type(stack.template).__name__
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"torch.func.vmap cannot batch layer {layer}: {reason}. The replicas are trained one after the other, "
-            "which is slower",
-            stacklevel=4,
-        )
-        return "loop"
-    return "vmap"
-
-
-def agrees(stack: Stack, problem: Problem) -> bool:
-    """Whether the kernels take the step that autograd takes, in float64 on a few samples.
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with a network, whose weights may be rows of larger tensors.
 
     Raises:
-        Unsupported: when there are no kernels for this network.
+        InputError: when it cannot be copied.
     """
-    chain = find_chain(stack.template, problem.inputs[:2].clone())
-    replicas, batch = len(stack), problem.batch_size
-    some = torch.arange(replicas * batch, device=problem.inputs.device) % len(problem.inputs)
-    labels = problem.labels[some]
-    exact = Problem(
-        problem.inputs[some].double(),
-        labels.double() if labels.is_floating_point() else labels,
-        problem.loss_fn,
-        Rule("sgd", lr=0.1),
-        batch,
-    )
-    index = torch.arange(replicas * batch, device=some.device).view(replicas, batch)
-    ours, plain = stack.to(torch.float64), stack.to(torch.float64)
-    Kernels(ours, exact, chain).step(index)
-    Loop(plain, exact).step(index)
-    return all(
-        torch.allclose(ours.weights[name], w, rtol=1e-9, atol=1e-12, equal_nan=True)
-        for name, w in plain.weights.items()
-    )
+    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
+        raise InputError(
+            expected="weights without hooks, which copies would lose",
+            got="Tensor.register_hook on a weight",
+            do="register it in the forward pass, on what is computed there",
+        )
+    _check_memory(model)
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): b.detach().clone() for b in model.buffers()}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            expected="a network that copy.deepcopy can copy",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            do="keep out of its attributes what cannot be copied (locks, files, tensors with a graph)",
+        ) from error
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse weights and buffers that are views of one another: in a stack they would come apart."""
+    held = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in held if t.device.type != "meta")
+    if any(following[0] < span[1] for span, following in itertools.pairwise(spans)):
+        raise InputError(
+            expected="weights and buffers with memory of their own",
+            got="some that are views of one another",
+            do="compute the view within forward()",
+        )
+
+
+ROUTES: dict[RouteName, type[Route]] = {"kernels": Kernels, "vmap": Vmap, "loop": Loop}
 
 
 def _default_generators(device: torch.device) -> list[torch.Generator]:
