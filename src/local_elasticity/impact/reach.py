@@ -99,9 +99,12 @@ class _Dict(Place):
         )
 
     def write(self, content: dict[Any, Any]) -> None:
-        if list(self.holder) != list(content):
-            self.holder.clear()
-        self.holder.update(content)
+        """By the methods of the plain kind: those of a subclass may do something else (a Counter's update adds)."""
+        kind = collections.OrderedDict if isinstance(self.holder, collections.OrderedDict) else dict
+        if len(self.holder) != len(content) or not all(map(is_, self.holder, content)):
+            kind.clear(self.holder)
+        for key, value in content.items():
+            kind.__setitem__(self.holder, key, value)
 
     def values(self) -> Iterable[Any]:
         return list(self.holder.values())
@@ -135,8 +138,9 @@ class _List(Place):
         return list(self.holder)
 
     def write(self, content: list[Any]) -> None:
-        self.holder.clear()
-        self.holder.extend(content)
+        kind = list if isinstance(self.holder, list) else collections.deque
+        kind.clear(self.holder)
+        kind.extend(self.holder, content)
 
 
 class _Set(Place):
@@ -147,8 +151,8 @@ class _Set(Place):
         return len(self.holder) != len(self.saved) or not all(value in self.holder for value in self.saved)
 
     def write(self, content: list[Any]) -> None:
-        self.holder.clear()
-        self.holder.update(content)
+        set.clear(self.holder)
+        set.update(self.holder, content)
 
 
 class _Length(Place):
@@ -559,7 +563,8 @@ class Reach:
         if isinstance(value, np.random.RandomState):
             return None if value is cast(Any, np.random.mtrand)._rand else _NumpyRandomState(value)
         if isinstance(value, random.Random):
-            return None if value is cast(Any, random)._inst else _PythonRandom(value)
+            has_state = value is not cast(Any, random)._inst and not isinstance(value, random.SystemRandom)
+            return _PythonRandom(value) if has_state else None
         return None
 
     # -- what was reached -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -150,9 +149,12 @@ class Shadows:
             members.append(GroupedShadow(tensor, own, storage))
             self._of[id(tensor)] = members[-1]
         ends = sorted((*_extent(own), id(tensor)) for tensor, own in zip(group, owns, strict=True))
-        for (_, stop, one), (start, _, other) in itertools.pairwise(ends):
-            if start < stop:
-                self._overlapping |= {one, other}
+        (_, furthest, last), *later = ends
+        for start, stop, name in later:  # a wide view may overlap many that do not overlap one another
+            if start < furthest:
+                self._overlapping |= {last, name}
+            if stop > furthest:
+                furthest, last = stop, name
 
     def rewind(self, spared: frozenset[int] = frozenset()) -> list[Tensor]:
         """Give every tensor that was written its first values again; returns these tensors.
