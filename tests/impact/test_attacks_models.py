@@ -109,3 +109,134 @@ class HoldsSystemRandom(Layer):
 
 def test_a_random_source_without_a_state() -> None:
     check_right(HoldsSystemRandom)
+
+
+class CountsInSlot(Layer):
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_a_slot_of_a_module() -> None:
+    check_right(CountsInSlot, lambda model: model.calls)
+
+
+class CountsAtWeight(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.calls += 1
+        return self.layer(x) * self.layer.weight.calls
+
+
+class KeepsFirstWeights(Layer):
+    """As binary networks keep the weights before they are made binary, at the first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        if not hasattr(weight, "first"):
+            weight.first = weight.data.clone()
+        return self.layer(x) * weight.first.pow(2).sum()
+
+
+@pytest.mark.parametrize("make_model", [CountsAtWeight, KeepsFirstWeights])
+def test_attributes_of_a_weight(make_model: MakeModel) -> None:
+    check_right(make_model, lambda model: str(vars(model.layer.weight)))
+
+
+class Scaled(nn.Parameter):
+    """A kind of weight of the user's own."""
+
+    def scaled(self) -> Tensor:
+        return self * self.scale
+
+
+class ReadsWeight(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight = Scaled(self.layer.weight.data)
+        self.layer.weight.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight.scaled(), self.layer.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attributes_and_kind_of_a_weight_that_is_converted(dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    model = ReadsWeight().to(dtype)
+    model.layer.weight.scale = 2.0
+    x, y = samples()
+    impact = le.measure(model, F.cross_entropy, (x.to(dtype), y), update=le.SGD(lr=RATE), dtype=torch.float64)
+    wide = ReadsWeight().to(dtype)
+    wide.load_state_dict(model.state_dict())
+    wide = wide.double()
+    wide.layer.weight.scale = 2.0
+    assert type(wide.layer.weight) is Scaled
+    again = le.measure(
+        wide, F.cross_entropy, (x.to(dtype).double(), y), update=le.SGD(lr=RATE), engine=impact.plan.engine
+    )
+    torch.testing.assert_close(impact.change, again.change)
+
+
+def test_attributes_of_a_weight_under_transforms() -> None:
+    x, y = samples()
+    settings: dict[str, Any] = {"update": le.SGD(lr=1e-6), "engine": "linear"}
+    got = le.measure(fresh(CountsAtWeight), F.cross_entropy, (x, y), route="jvp", **settings).change
+    want = le.measure(fresh(CountsAtWeight), F.cross_entropy, (x, y), route="contract", **settings).change
+    torch.testing.assert_close(got, want)
+
+
+class RefusesTransforms(Layer):
+    """Raises without a word where a tensor is no plain one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.layer.weight):
+            raise NotImplementedError
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("make_model", [ReadsWeight, RefusesTransforms])
+def test_what_no_transform_can_follow(make_model: MakeModel) -> None:
+    check_right(make_model)
+    for engine, route in (("linear", "jvp"), ("replay", "vmap")):
+        with pytest.raises(le.InputError, match=route):
+            le.measure(
+                fresh(make_model), F.cross_entropy, samples(), update=le.SGD(lr=RATE), engine=engine, route=route
+            )
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+class HooksItself(Layer):
+    """Registers a hook when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_hooked:
+            self.layer.register_forward_hook(lambda module, arguments, output: output * 1.3)
+            self.is_hooked = True
+        return self.layer(x)
+
+
+class HooksEachCall(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 1.1,))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("make_model", [HooksItself, HooksEachCall])
+def test_hooks_that_a_forward_pass_registers(make_model: MakeModel) -> None:
+    check_right(make_model, lambda model: (len(model.layer._forward_hooks), len(model.layer._forward_pre_hooks)))

@@ -35,9 +35,14 @@ from local_elasticity.updates import Step
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]
 
-_USER_ERRORS = (
+USER_ERRORS = (
     RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of what an error says; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Problem:
@@ -306,7 +311,7 @@ class Problem:
         scaled = self._scaled(loss)
         try:
             return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             raise InputError(
                 expected="a loss that can be differentiated by the weights",
                 got=f"{type(error).__name__} in its backward pass at source {source}",
@@ -321,7 +326,7 @@ class Problem:
         y = private(self.labels[some])
         try:
             return output, one_number(self.loss_fn(output, y))
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             if isinstance(error, InputError):
                 raise
             raise refusal_of_loss(output, y, "loss_fn", error) from error
@@ -389,7 +394,7 @@ def asked(subject: Subject, x: Tensor) -> Any:
     check_fits(subject.model, "the inputs", x)
     try:
         return subject.call(x)
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         if isinstance(error, InputError):
             raise
         if "more than 1 value per channel" in str(error):

@@ -122,8 +122,42 @@ class _ModuleDict(_Dict):
         return len(holder) != len(saved) or not all(map(is_, holder.values(), saved.values()))
 
 
+class _Hooks(Place):
+    """The hooks of a module's passes; those that a look has set itself are let be."""
+
+    def __init__(self, holder: dict[str, Any]) -> None:
+        self.names = [name for name in holder if name.startswith(("_forward", "_backward")) and "hooks" in name]
+        super().__init__(holder)
+
+    def read(self) -> dict[Any, Any]:
+        holder = self.holder
+        return {
+            (name, key): hook
+            for name in self.names
+            if holder[name]
+            for key, hook in holder[name].items()
+            if _root(getattr(hook, "__module__", "")) != _OWN_NAME
+        }
+
+    def moved(self) -> bool:
+        now = self.read()
+        return now.keys() != self.saved.keys() or not all(map(is_, now.values(), self.saved.values()))
+
+    def write(self, content: dict[Any, Any]) -> None:
+        for name, key in self.read().keys() - content.keys():
+            del self.holder[name][key]
+        for (name, key), hook in content.items():
+            self.holder[name][key] = hook
+
+    def values(self) -> Iterable[Any]:
+        return list(self.read().values())
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
 class _ModuleState(_ModuleDict):
-    """A module's ``__dict__``; its dicts have places of their own, and its hooks may be set within a look."""
+    """A module's ``__dict__``; its dicts have places of their own."""
 
     def values(self) -> Iterable[Any]:
         return [value for name, value in self.holder.items() if name not in _MODULE_INTERNALS]
@@ -445,6 +479,8 @@ class Reach:
 
     def _enter_tensor(self, value: Tensor) -> None:
         self.tensors.append(value)
+        self._add(_Dict(value.__dict__), of_module=True)
+        self.held[id(value.__dict__)] = value.__dict__
         for hooks in (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None)):
             self._put(hooks.values() if hooks else ())
 
@@ -460,7 +496,9 @@ class Reach:
             self.held[id(state[name])] = state[name]
         self._add(_Buffers(state["_buffers"]), of_module=True)
         self.held[id(state["_buffers"])] = state["_buffers"]
+        self._add(_Hooks(state), of_module=True)
         self._put(hook for name, hooks in state.items() if name.endswith("hooks") for hook in hooks.values())
+        self._add_slots(module, of_module=True)
         self._put([type(module)])
 
     def _enter_function(self, function: types.FunctionType) -> None:
@@ -536,10 +574,13 @@ class Reach:
         if isinstance(state, dict):
             self.held[id(state)] = state
             self._add(_Dict(state))
-        slots = [name for part in kind.__mro__ for name in _slots_of(part)]
-        if slots:
-            self._add(_Attributes(value, slots))
+        self._add_slots(value)
         self._put([kind])
+
+    def _add_slots(self, value: Any, of_module: bool = False) -> None:
+        slots = [name for part in type(value).__mro__ for name in _slots_of(part)]
+        if slots:
+            self._add(_Attributes(value, slots), of_module)
 
     def _place_for(self, value: Any) -> Place | None:
         if isinstance(value, dict | list | set | collections.deque | bytearray | array.array):
@@ -607,6 +648,7 @@ def _is_installed(file: str) -> bool:
 
 
 _OWN_FILES = __file__.rpartition("impact")[0]
+_OWN_NAME = _root(__name__)
 
 
 def _function(value: Any) -> types.FunctionType | None:

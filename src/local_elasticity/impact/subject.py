@@ -265,6 +265,9 @@ class Subject:
         """
         self._rewind_places()
         others = {id(p): value for p, value in zip(parameters, values, strict=True)}
+        for p, value in zip(parameters, values, strict=True):
+            if p.__dict__:
+                value.__dict__ = p.__dict__  # attributes that the user has set
         changed: list[Place] = []
         try:
             changed = self._exchange(lambda t: others.get(id(t), t))
@@ -411,6 +414,9 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
         other = nn.Parameter(other, x.requires_grad)
     else:
         other.requires_grad_(x.requires_grad and x.is_leaf)
+    if type(other) is not type(x):
+        other.__class__ = type(x)
+    other.__dict__ = x.__dict__  # attributes that the user has set, and what is done to them
     if x._backward_hooks:
         for hook in x._backward_hooks.values():
             other.register_hook(hook)
