@@ -1,7 +1,9 @@
 """Models, their state and their inputs of every shape against a real step of ``torch.optim`` on a fresh copy."""
 
 import collections
+import functools
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +81,35 @@ class PartsOfOneBuffer(nn.Module):
 
 def test_a_tensor_that_several_weights_are_parts_of() -> None:
     check_right(PartsOfOneBuffer)
+
+
+class SeesWeightAsArray(Layer):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn)
+        self.seen = self.layer.weight.detach().numpy()[1:]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * float((self.seen**2).sum())
+
+
+def test_an_array_that_is_a_view_of_a_weight_is_refused() -> None:
+    with pytest.raises(le.InputError, match="NumPy array"):
+        measured(fresh(SeesWeightAsArray))
+
+
+class SeesWeightInDistribution(Layer):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn)
+        self.prior = torch.distributions.Normal(self.layer.bias.detach(), 1.0)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.prior.mean.pow(2).sum()
+
+
+def test_a_distribution_that_holds_the_memory_of_a_weight() -> None:
+    check_right(SeesWeightInDistribution)
 
 
 # -- where models keep their state ------------------------------------------------------------------------------------
@@ -240,3 +271,77 @@ class HooksEachCall(Layer):
 @pytest.mark.parametrize("make_model", [HooksItself, HooksEachCall])
 def test_hooks_that_a_forward_pass_registers(make_model: MakeModel) -> None:
     check_right(make_model, lambda model: (len(model.layer._forward_hooks), len(model.layer._forward_pre_hooks)))
+
+
+# -- state outside of attributes --------------------------------------------------------------------------------------
+
+settings = types.ModuleType("settings_of_the_user")
+settings.calls, settings.table = 0, {"calls": 0}
+
+
+class CountsInPythonModule(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        settings.calls += 1
+        settings.table["calls"] += 1
+        return self.layer(x) * (settings.calls + settings.table["calls"])
+
+
+def test_variables_of_another_python_module() -> None:
+    settings.calls = settings.table["calls"] = 0
+    model = fresh(CountsInPythonModule)
+    changes = measured(model).change
+    assert (settings.calls, settings.table["calls"]) == (0, 0)
+
+    class AlwaysFirst(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * 2
+
+    torch.testing.assert_close(changes, real_changes(AlwaysFirst), rtol=1e-6, atol=1e-12)
+
+
+class DrawsSobol(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = torch.quasirandom.SobolEngine(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.engine.draw(1, dtype=torch.float64))
+
+
+def test_a_quasirandom_sequence() -> None:
+    check_right(DrawsSobol, lambda model: model.engine.num_generated)
+
+
+class CountsInScript(Layer):
+    calls: int
+    seen: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen = 0, [torch.ones(1, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(x)
+        return self.layer(x) * self.calls * len(self.seen)
+
+
+def test_attributes_of_a_script() -> None:
+    check_right(lambda: torch.jit.script(CountsInScript()), lambda model: (model.calls, len(model.seen)))
+
+
+def test_a_cache_of_a_function_is_emptied_or_refused() -> None:
+    class Caching(Layer):
+        @functools.lru_cache  # noqa: B019 (as users do)
+        def size(self, n: int) -> Tensor:
+            return self.layer.weight.detach().pow(2).sum() * n
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.size(1)
+
+    model = fresh(Caching)
+    changes = measured(model).change
+    assert Caching.size.cache_info().currsize == 0
+    torch.testing.assert_close(changes, real_changes(Caching), rtol=1e-6, atol=1e-12)
+    with pytest.raises(le.InputError, match="cache_clear"):
+        measured(fresh(Caching))

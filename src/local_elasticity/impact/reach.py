@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.errors import InputError
+
 MOST_ITEMS = 1000  # a container with more is not entered
 MOST_PLACES = 2000  # beside those of modules
 MOST_ARRAY_BYTES = 2**20
@@ -37,7 +39,9 @@ _PLAIN = (
 )  # fmt: skip
 _RECORDS = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, queue.Queue,
-    threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, torch.optim.lr_scheduler.LRScheduler,
+    threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, collections.ChainMap,
+    torch.optim.lr_scheduler.LRScheduler, torch.distributions.Distribution, torch.distributions.Transform,
+    torch.quasirandom.SobolEngine,
 )  # fmt: skip
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
@@ -70,6 +74,10 @@ class Place(ABC):
         """Whether the holder holds something else than what was saved."""
         now = self.read()
         return len(now) != len(self.saved) or not all(map(is_, now, self.saved))
+
+    def refusal(self) -> InputError | None:
+        """Why what has moved cannot be put back; None where it can."""
+        return None
 
     def restore(self) -> None:
         """Put back what was saved."""
@@ -323,6 +331,64 @@ class _Defaults(Place):
         self.holder.__defaults__ = tuple(content)
 
 
+class _Cache(Place):
+    """A ``functools.lru_cache``, which does not show what it holds: one that was empty is emptied again."""
+
+    def read(self) -> Any:
+        return self.holder.cache_info()
+
+    def moved(self) -> bool:
+        return self.holder.cache_info().misses != self.saved.misses
+
+    def restore(self) -> None:
+        if self.saved.currsize == 0:
+            self.holder.cache_clear()
+
+    def refusal(self) -> InputError | None:
+        if self.saved.currsize == 0:
+            return None
+        name = getattr(self.holder, "__qualname__", "a function")
+        return InputError(
+            expected="caches of functions that a forward pass and a loss do not add to, for that cannot be put back",
+            got=f"{name}, an lru_cache that was called with new arguments",
+            do=f"call {name}.cache_clear() before the look",
+        )
+
+    def values(self) -> Iterable[Any]:
+        return [self.holder.__wrapped__]
+
+    def write(self, content: Any) -> None:
+        raise NotImplementedError
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
+class _ScriptState(Place):
+    """Attributes of a TorchScript module that are no weights, buffers or modules; containers come and go as copies."""
+
+    def __init__(self, holder: torch.jit.ScriptModule) -> None:
+        others: Any = (holder._parameters, holder._buffers, holder._modules)
+        self.names = [name for name in _attributes_of(holder) if not any(name in other for other in others)]
+        super().__init__(holder)
+
+    def read(self) -> dict[str, Any]:
+        return {name: self.holder._c.getattr(name) for name in self.names}
+
+    def moved(self) -> bool:
+        return not all(_same(value, self.saved[name]) for name, value in self.read().items())
+
+    def write(self, content: dict[str, Any]) -> None:
+        for name, value in content.items():
+            self.holder._c.setattr(name, value)
+
+    def values(self) -> Iterable[Any]:
+        return self.read().values()
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
 class _Array(Place):
     """A NumPy array or a bytearray, by value."""
 
@@ -404,6 +470,23 @@ class _PythonRandom(_Array):
         self.holder.setstate(content)
 
 
+def _attributes_of(module: Any) -> list[str]:
+    kinds = getattr(module, "_concrete_type", None)
+    names = () if kinds is None else kinds.get_attributes()
+    return [name for name in names if name not in ("training", "_is_full_backward_hook")]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of TorchScript are the same: tensors by identity, anything else by value."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and type(one) is type(other):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)
+
+
 _MISSING = object()
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}
 
@@ -426,6 +509,7 @@ class Reach:
         modules: every module, each once.
         tensors: every tensor that is held somewhere, each once.
         held: ids of the objects that were entered, for the question whether two walks meet.
+        arrays: every NumPy array.
         iterators: descriptions of running iterators, whose position cannot be put back.
         is_cut: whether a limit of the walk was met.
     """
@@ -434,6 +518,7 @@ class Reach:
         self.places: list[Place] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
+        self.arrays: list[np.ndarray] = []
         self.iterators: list[str] = []
         self.held: dict[int, Any] = {}
         self.is_cut = False
@@ -469,6 +554,9 @@ class Reach:
             self._put([value.keywords, value.__dict__])
         elif isinstance(value, type):
             self._enter_class(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            if isinstance(value.__wrapped__, types.FunctionType) and not _is_library(value.__wrapped__):
+                self._add(_Cache(value))
         else:
             self._enter_object(value)
 
@@ -487,6 +575,7 @@ class Reach:
     def _enter_module(self, module: nn.Module) -> None:
         self.modules.append(module)
         if isinstance(module, torch.jit.ScriptModule):
+            self._add(_ScriptState(module), of_module=True)
             self._put([*module.parameters(recurse=False), *module.buffers(recurse=False), *module.children()])
             return
         state = module.__dict__
@@ -521,7 +610,19 @@ class Reach:
         space = function.__globals__
         if uses.bound_globals:
             self._add(_Names(space, sorted(uses.bound_globals)))
-        self._put(space[name] for name in uses.read_globals if name in space)
+        named = [space[name] for name in uses.read_globals if name in space]
+        self._put(named)
+        for value in named:
+            if isinstance(value, types.ModuleType):
+                self._enter_python_module(value, uses)
+
+    def _enter_python_module(self, module: types.ModuleType, uses: _Uses) -> None:
+        """What a function reads or binds of a module of the user's: ``settings.step += 1``."""
+        if _root(module.__name__) in _LIBRARIES or _is_installed(str(getattr(module, "__file__", None) or "")):
+            return
+        if uses.bound_attributes:
+            self._add(_Names(vars(module), sorted(uses.bound_attributes)))
+        self._put(vars(module)[name] for name in uses.read_attributes if name in vars(module))
 
     def _enter_class(self, kind: type) -> None:
         """A user's class: its data attributes, and what its methods name."""
@@ -591,6 +692,7 @@ class Reach:
                 return _Bytes(value)
             return (_Dict if isinstance(value, dict) else _Set if isinstance(value, set) else _List)(value)
         if isinstance(value, np.ndarray):
+            self.arrays.append(value)
             if value.dtype.hasobject or not value.flags.writeable:
                 return None
             if value.nbytes > MOST_ARRAY_BYTES:
@@ -651,6 +753,10 @@ _OWN_FILES = __file__.rpartition("impact")[0]
 _OWN_NAME = _root(__name__)
 
 
+def _is_library(function: types.FunctionType) -> bool:
+    return _root(function.__module__) in _LIBRARIES or _is_installed(function.__code__.co_filename)
+
+
 def _function(value: Any) -> types.FunctionType | None:
     """The plain function behind a method, static method, class method or property."""
     value = getattr(value, "__func__", value)
@@ -675,6 +781,8 @@ class _Uses:
         self.read_globals: set[str] = set()
         self.bound_globals: set[str] = set()
         self.bound_cells: set[str] = set()
+        self.read_attributes: set[str] = set()
+        self.bound_attributes: set[str] = set()
         self._read(code)
 
     def _read(self, code: types.CodeType) -> None:
@@ -685,6 +793,10 @@ class _Uses:
                 self.bound_globals.add(instruction.argval)
             elif instruction.opname in ("STORE_DEREF", "DELETE_DEREF"):
                 self.bound_cells.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                self.read_attributes.add(instruction.argval)
+            elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                self.bound_attributes.add(instruction.argval)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._read(constant)

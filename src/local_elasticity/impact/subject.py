@@ -6,12 +6,14 @@ Tensors stand in for themselves by copy on write, so nothing is copied unless it
 
 from __future__ import annotations
 
+import bisect
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -112,6 +114,12 @@ class Subject:
                 expected="a model and a loss without running iterators, whose place cannot be put back",
                 got=", ".join(sorted(set(self.reach.iterators))),
                 do="keep a list or an index instead",
+            )
+        if self.reach.arrays and _share_memory(self.reach.arrays, self.model.parameters()):
+            raise InputError(
+                expected="weights whose memory no NumPy array shares, for a step could not be seen there",
+                got="an array that is a view of a weight (weight.numpy(), np.asarray(weight))",
+                do="keep the tensor, weight.detach(), in its place, or a copy of the array",
             )
 
     def _keep(self) -> None:
@@ -223,6 +231,9 @@ class Subject:
         for place in self.reach.places:
             if place.moved():
                 self.moved.add(place.kind)
+                refusal = place.refusal()
+                if refusal is not None:
+                    raise refusal
                 place.restore()
 
     def call(self, x: Tensor) -> Any:
@@ -421,6 +432,18 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
         for hook in x._backward_hooks.values():
             other.register_hook(hook)
     return other
+
+
+def _share_memory(arrays: Sequence[np.ndarray], weights: Iterable[Tensor]) -> bool:
+    """Whether any of these arrays begins within the memory of a trainable weight."""
+    trained = [p for p in weights if p.requires_grad and p.device.type == "cpu" and p.layout is torch.strided]
+    ends = sorted((p.untyped_storage().data_ptr(), p.untyped_storage().nbytes()) for p in trained)
+    for array in arrays:
+        begins = array.__array_interface__["data"][0]
+        place = bisect.bisect(ends, begins, key=lambda end: end[0]) - 1
+        if place >= 0 and begins < sum(ends[place]):
+            return True
+    return False
 
 
 def _put_back_requirements(flags: list[tuple[Tensor, bool]]) -> None:
