@@ -83,6 +83,50 @@ def test_a_tensor_that_several_weights_are_parts_of() -> None:
     check_right(PartsOfOneBuffer)
 
 
+class TwoOfOneMemory(nn.Module):
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.turned = nn.Linear(4, 4), nn.Linear(4, 4), turned
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn)
+        self.b.weight.data = self.a.weight.data.t() if self.turned else self.a.weight.data
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_weights_of_one_memory_are_refused(turned: bool) -> None:
+    with pytest.raises(le.InputError, match="one after the other"):
+        measured(fresh(lambda: TwoOfOneMemory(turned)))
+
+
+class HoldsRows(Layer):
+    """Holds a view of its weight, with its graph or without."""
+
+    def __init__(self, with_graph: bool) -> None:
+        super().__init__()
+        self.rows = self.layer.weight[:2] if with_graph else self.layer.weight.data[:2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.rows.pow(2).sum()
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+@pytest.mark.parametrize(("own", "settings"), [(torch.float32, {"dtype": torch.float64}), (torch.bfloat16, {})])
+def test_views_of_weights_that_are_to_be_converted_are_refused(with_graph: bool, own: Any, settings: Any) -> None:
+    torch.set_default_dtype(own)
+    try:
+        model = HoldsRows(with_graph)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, y = samples()
+    with pytest.raises(le.InputError, match="a view of a weight"):
+        le.measure(model, F.cross_entropy, (x.to(own), y), update=le.SGD(lr=RATE), **settings)
+
+
 class SeesWeightAsArray(Layer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn)

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from local_elasticity.errors import InputError
 from local_elasticity.impact.arithmetic import exact_float32
 from local_elasticity.impact.reach import Place, Reach, substituted
-from local_elasticity.impact.shadows import Shadows, private
+from local_elasticity.impact.shadows import Shadows, overlapping, private
 from local_elasticity.impact.streams import (
     Draws,
     in_main_thread,
@@ -145,10 +145,24 @@ class Subject:
         tensors = self.reach.tensors if self.dtype is None else self._converted
         self._shadows = Shadows(tensors)
         self._stack.callback(self._shadows.lift)
-        self._trainable = frozenset(id(p) for p in self.model.parameters() if p.requires_grad)
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self._trainable = frozenset(map(id, weights))
+        if overlapping(weights):
+            raise InputError(
+                expected="trainable weights that each have memory of their own",
+                got="weights of the same memory, which an optimiser steps on one after the other",
+                do="hold one Parameter in both places (b.weight = a.weight), or give one a copy (.data.clone())",
+            )
 
     def _convert(self, dtype: torch.dtype) -> None:
         """Exchange every floating tensor for one of another dtype, wherever it is held."""
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if trained & overlapping(self.reach.tensors):
+            raise InputError(
+                expected="weights whose memory no other tensor shares, for dtype= and for weights of 16 bits",
+                got="a view of a weight, or its .data, that the model or the loss holds",
+                do="hold the weight itself, or convert the model yourself (and dtype='as_is' for weights of 16 bits)",
+            )
         others: dict[int, Tensor] = {id(t): _converted(t, dtype, self.only_narrow) for t in self.reach.tensors}
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
         self._exchanged = self._exchange(lambda t: others.get(id(t), t))
