@@ -127,6 +127,38 @@ def test_views_of_weights_that_are_to_be_converted_are_refused(with_graph: bool,
         le.measure(model, F.cross_entropy, (x.to(own), y), update=le.SGD(lr=RATE), **settings)
 
 
+class HoldsSum(Layer):
+    """Computes with its weights once, when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.layer.weight.sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.total
+
+
+class KeepsHidden(Layer):
+    """Keeps the output of the last call with its graph, and does not read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.layer(x)
+        return self.hidden
+
+
+def test_a_graph_from_before_the_look_is_not_lost_by_a_conversion() -> None:
+    x, y = samples()
+    settings: dict[str, Any] = {"update": le.SGD(lr=RATE), "engine": "replay", "dtype": torch.float64}
+    with pytest.raises(le.InputError, match="a graph from before the look"):
+        le.measure(HoldsSum(), F.cross_entropy, (x.float(), y), **settings)
+    model = KeepsHidden()
+    hidden = model(x.float())
+    impact = le.measure(model, F.cross_entropy, (x.float(), y), **settings)
+    assert model.hidden is hidden
+    again = le.measure(model.double(), F.cross_entropy, (x.float().double(), y), **settings)
+    torch.testing.assert_close(impact.change, again.change)
+
+
 class SeesWeightAsArray(Layer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn)
@@ -389,3 +421,19 @@ def test_a_cache_of_a_function_is_emptied_or_refused() -> None:
     torch.testing.assert_close(changes, real_changes(Caching), rtol=1e-6, atol=1e-12)
     with pytest.raises(le.InputError, match="cache_clear"):
         measured(fresh(Caching))
+
+
+# -- inputs and outputs -----------------------------------------------------------------------------------------------
+
+
+def test_nested_inputs_and_outputs_that_are_classes_are_refused() -> None:
+    x, y = samples()
+    with pytest.raises(le.InputError, match="to_padded_tensor"):
+        le.measure(fresh(KeepsHidden), F.cross_entropy, (torch.nested.nested_tensor(list(x)), y), update=le.SGD(lr=0.1))
+
+    class Classifying(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).argmax(1)
+
+    with pytest.raises(le.InputError, match=r"torch\.int64"):
+        measured(fresh(Classifying))

@@ -282,7 +282,7 @@ class Problem:
             if not loss.requires_grad:
                 raise no_gradient()
             if examine:
-                _refuse_hidden_graph(loss)
+                _refuse_hidden_graph(loss, self.subject.cut)
             gradients = self._gradients(loss, source)
         self._refuse_leftovers()
         if examine:
@@ -415,8 +415,8 @@ def no_gradient() -> InputError:
     )
 
 
-def _refuse_hidden_graph(loss: Tensor) -> None:
-    """Refuse reentrant checkpoints: weights used only inside are not seen by ``torch.autograd.grad``."""
+def _refuse_hidden_graph(loss: Tensor, cut: Sequence[Tensor]) -> None:
+    """Refuse what hides weights from ``torch.autograd.grad``: reentrant checkpoints, and graphs cut by conversion."""
     nodes, known = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -428,6 +428,13 @@ def _refuse_hidden_graph(loss: Tensor) -> None:
                 expected="gradients that autograd can follow to the weights",
                 got="a reentrant checkpoint, which hides the weights used inside",
                 do="call torch.utils.checkpoint.checkpoint with use_reentrant=False",
+            )
+        variable = getattr(node, "variable", None)
+        if any(variable is each for each in cut):
+            raise InputError(
+                expected="a loss that depends on the weights by what is computed in its forward pass",
+                got="a tensor with a graph from before the look, which a conversion (dtype=) cuts off",
+                do="compute it in the forward pass, or convert the model yourself (dtype='as_is' for 16 bits)",
             )
         nodes += [following for following, _ in node.next_functions]
 

@@ -63,6 +63,7 @@ class Subject:
         moved: what forward passes and losses have moved so far: "python" (attributes, containers, cells), "buffer",
             "generator", "tensor" (written in place), "weights".
         draws: names of the global random streams that they draw from.
+        cut: where the graphs of converted tensors, made before the look, now end.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Subject:
         self.draws: set[str] = set()
         self._stepped: frozenset[int] = frozenset()
         self._exchanged: list[Place] = []
+        self.cut: list[Tensor] = []
         self._stack = ExitStack()
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class Subject:
                 got="a view of a weight, or its .data, that the model or the loss holds",
                 do="hold the weight itself, or convert the model yourself (and dtype='as_is' for weights of 16 bits)",
             )
-        others: dict[int, Tensor] = {id(t): _converted(t, dtype, self.only_narrow) for t in self.reach.tensors}
+        others: dict[int, Tensor] = {id(t): self._other(t, dtype) for t in self.reach.tensors}
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
         self._exchanged = self._exchange(lambda t: others.get(id(t), t))
         self._converted = list({id(t): t for t in others.values()}.values())
@@ -174,6 +176,14 @@ class Subject:
                     got="a TorchScript module",
                     do="convert it yourself",
                 )
+
+    def _other(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of another dtype; one with a graph begins a graph of its own, where that can be noticed."""
+        other = _converted(x, dtype, self.only_narrow)
+        if other is x or x.is_leaf or not x.requires_grad:
+            return other
+        self.cut.append(other.requires_grad_())
+        return other.clone()
 
     def _exchange(self, exchange: Callable[[Tensor], Tensor]) -> list[Place]:
         """Exchange tensors in all places; returns those that hold other ones now."""
