@@ -32,6 +32,12 @@ def check_tensor(name: str, value: Any, *, finite: bool = True) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise InputError(expected=f"{name}: a torch tensor", got=in_words(value), do=advice_for_tensor(name, value))
+    if value.is_nested:
+        raise InputError(
+            expected=f"{name}: a dense tensor",
+            got="a nested tensor",
+            do=f"pass {as_code(name)}.to_padded_tensor(0.0)",
+        )
     if value.layout is not torch.strided:
         raise InputError(
             expected=f"{name}: a dense tensor", got=str(value.layout), do=f"pass {as_code(name)}.to_dense()"

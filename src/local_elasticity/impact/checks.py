@@ -96,6 +96,12 @@ def _detached(x: Tensor) -> Tensor:
 
 def check_output(output: object, batch: int) -> Tensor:
     """The model's output as (batch, K); (batch,) is kept as K = 1."""
+    if isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex()):
+        raise InputError(
+            expected="a model whose output is (batch, K) or (batch,) of a floating-point dtype",
+            got=str(output.dtype),
+            do="wrap the model in a module that returns scores, before they become classes",
+        )
     if isinstance(output, Tensor) and output.dim() in (1, 2) and output.shape[0] == batch:
         return output if output.dim() == 2 else output.unsqueeze(1)
     got = f"shape {tuple(output.shape)} for {batch} samples" if isinstance(output, Tensor) else type(output).__name__

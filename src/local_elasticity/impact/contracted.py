@@ -26,7 +26,7 @@ from local_elasticity.impact.contraction import (
 from local_elasticity.impact.first_order import first_order_change
 from local_elasticity.impact.losses import one_number
 from local_elasticity.impact.plan import check_memory
-from local_elasticity.impact.problem import LossFunction, Problem, no_gradient, widened
+from local_elasticity.impact.problem import USER_ERRORS, LossFunction, Problem, first_words, no_gradient, widened
 from local_elasticity.impact.subject import SHARED_MEMORY
 
 MOST_LABELS = 4  # at which the loss is compared with real forward passes, where it cannot reach the model
@@ -59,7 +59,7 @@ def loss_factors(problem: Problem) -> LossFactors | str:
         losses, cotangents = per_sample_losses(outputs, problem.labels, problem.loss_fn, problem.ignored)
     except InputError:
         raise
-    except (RuntimeError, AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+    except USER_ERRORS as error:
         return f"the loss reads more than the outputs ({type(error).__name__})"
     found = LossFactors(widened(losses), widened(cotangents).reshape(problem.source_before.shape))
     penalties = []
@@ -236,8 +236,8 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
         )
     except InputError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-        return f"the layers cannot be followed ({str(error).strip().splitlines()[0]})"
+    except USER_ERRORS as error:
+        return f"the layers cannot be followed ({first_words(error)})"
     factors = loss_factors(problem)
     if isinstance(factors, str):
         return factors

@@ -22,6 +22,7 @@ from local_elasticity.errors import InputError
 from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager, transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
+from local_elasticity.impact.problem import USER_ERRORS
 from local_elasticity.impact.subject import Subject, call, call_at, subject_of
 
 PROBE = 5  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'
@@ -627,7 +628,7 @@ def per_sample_gradients(
         if bool(((batched[0] - first).abs() <= _tolerance(parameters[0]) * first.abs().max().clamp(min=1e-30)).all()):
             return batched
         return _one_by_one(model, parameters, x, cotangents)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+    except USER_ERRORS:
         return _one_by_one(model, parameters, x, cotangents)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from local_elasticity.impact.capture import transformable
 from local_elasticity.impact.plan import Plan
-from local_elasticity.impact.problem import Problem
+from local_elasticity.impact.problem import USER_ERRORS, Problem
 
 ALLOWED = 0.02  # of a first-order change: how far a central difference of the real forward pass may be from it
 CHECKED_TARGETS = 8
 NOT_THE_DERIVATIVE = "backward passes that are not the derivative (a hook or function that changes gradients)"
-_CANNOT_FOLLOW = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
 @dataclass
@@ -57,7 +56,7 @@ def derivative_error(problem: Problem, source: int, linear: Float[Tensor, "rows 
     directions = problem.step.directions(problem.gradient(source)[1])
     try:
         exact = first_order_change(problem, directions, problem.targets[: len(linear)])
-    except _CANNOT_FOLLOW:
+    except USER_ERRORS:
         return difference_error(problem, source, linear) / ALLOWED
     eps = torch.finfo(problem.output_dtype).eps
     allowed = eps**0.5 * float(exact.norm()) + eps * float(problem.before.abs().max())

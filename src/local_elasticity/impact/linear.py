@@ -26,7 +26,7 @@ from local_elasticity.impact.first_order import (
     relative_error,
 )
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import Problem
+from local_elasticity.impact.problem import USER_ERRORS, Problem, first_words
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.replay import finite_step
 
@@ -185,8 +185,8 @@ def _change_of(problem: Problem, directions: list[Tensor], x: Tensor) -> Tensor 
         parts = [first_order_change(problem, directions, part) for part in x.split(problem.target_chunk_size)]
     except InputError:
         raise
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"forward-mode differentiation cannot follow the model ({str(error).strip().splitlines()[0]})"
+    except USER_ERRORS as error:
+        return f"forward-mode differentiation cannot follow the model ({first_words(error)})"
     return torch.cat(parts)
 
 

@@ -35,9 +35,14 @@ from local_elasticity.updates import Step
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]
 
-_USER_ERRORS = (
+USER_ERRORS = (
     RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of what an error says; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Problem:
@@ -277,7 +282,7 @@ class Problem:
             if not loss.requires_grad:
                 raise no_gradient()
             if examine:
-                refuse_hidden_graph(loss)
+                refuse_hidden_graph(loss, self.subject.cut)
             gradients = self._gradients(loss, source)
         self._refuse_leftovers()
         if examine:
@@ -306,7 +311,7 @@ class Problem:
         scaled = self._scaled(loss)
         try:
             return torch.autograd.grad(scaled, self.parameters, allow_unused=True)
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             raise InputError(
                 expected="a loss that can be differentiated by the weights",
                 got=f"{type(error).__name__} in its backward pass at source {source}",
@@ -321,7 +326,7 @@ class Problem:
         y = private(self.labels[some])
         try:
             return output, one_number(self.loss_fn(output, y))
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             if isinstance(error, InputError):
                 raise
             raise refusal_of_loss(output, y, "loss_fn", error) from error
@@ -389,7 +394,7 @@ def asked(subject: Subject, x: Tensor) -> Any:
     check_fits(subject.model, "the inputs", x)
     try:
         return subject.call(x)
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         if isinstance(error, InputError):
             raise
         if "more than 1 value per channel" in str(error):
@@ -410,8 +415,8 @@ def no_gradient() -> InputError:
     )
 
 
-def refuse_hidden_graph(loss: Tensor) -> None:
-    """Refuse reentrant checkpoints: weights used only inside are not seen by ``torch.autograd.grad``."""
+def refuse_hidden_graph(loss: Tensor, cut: Sequence[Tensor] = ()) -> None:
+    """Refuse what hides weights from ``torch.autograd.grad``: reentrant checkpoints, and graphs cut by conversion."""
     nodes, known = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -423,6 +428,13 @@ def refuse_hidden_graph(loss: Tensor) -> None:
                 expected="gradients that autograd can follow to the weights",
                 got="a reentrant checkpoint, which hides the weights used inside",
                 do="call torch.utils.checkpoint.checkpoint with use_reentrant=False",
+            )
+        variable = getattr(node, "variable", None)
+        if any(variable is each for each in cut):
+            raise InputError(
+                expected="a loss that depends on the weights by what is computed in its forward pass",
+                got="a tensor with a graph from before the look, which a conversion (dtype=) cuts off",
+                do="compute it in the forward pass, or convert the model yourself (dtype='as_is' for 16 bits)",
             )
         nodes += [following for following, _ in node.next_functions]
 

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.errors import InputError
+
 MOST_ITEMS = 1000  # a container with more is not entered
 MOST_PLACES = 2000  # beside those of modules
 MOST_ARRAY_BYTES = 2**20
@@ -37,7 +39,9 @@ _PLAIN = (
 )  # fmt: skip
 _RECORDS = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, queue.Queue,
-    threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, torch.optim.lr_scheduler.LRScheduler,
+    threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, collections.ChainMap,
+    torch.optim.lr_scheduler.LRScheduler, torch.distributions.Distribution, torch.distributions.Transform,
+    torch.quasirandom.SobolEngine,
 )  # fmt: skip
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
@@ -71,6 +75,10 @@ class Place(ABC):
         now = self.read()
         return len(now) != len(self.saved) or not all(map(is_, now, self.saved))
 
+    def refusal(self) -> InputError | None:
+        """Why what has moved cannot be put back; None where it can."""
+        return None
+
     def restore(self) -> None:
         """Put back what was saved."""
         self.write(self.saved)
@@ -99,9 +107,12 @@ class _Dict(Place):
         )
 
     def write(self, content: dict[Any, Any]) -> None:
-        if list(self.holder) != list(content):
-            self.holder.clear()
-        self.holder.update(content)
+        """By the methods of the plain kind: those of a subclass may do something else (a Counter's update adds)."""
+        kind = collections.OrderedDict if isinstance(self.holder, collections.OrderedDict) else dict
+        if len(self.holder) != len(content) or not all(map(is_, self.holder, content)):
+            kind.clear(self.holder)
+        for key, value in content.items():
+            kind.__setitem__(self.holder, key, value)
 
     def values(self) -> Iterable[Any]:
         return list(self.holder.values())
@@ -119,8 +130,42 @@ class _ModuleDict(_Dict):
         return len(holder) != len(saved) or not all(map(is_, holder.values(), saved.values()))
 
 
+class _Hooks(Place):
+    """The hooks of a module's passes; those that a look has set itself are let be."""
+
+    def __init__(self, holder: dict[str, Any]) -> None:
+        self.names = [name for name in holder if name.startswith(("_forward", "_backward")) and "hooks" in name]
+        super().__init__(holder)
+
+    def read(self) -> dict[Any, Any]:
+        holder = self.holder
+        return {
+            (name, key): hook
+            for name in self.names
+            if holder[name]
+            for key, hook in holder[name].items()
+            if _root(getattr(hook, "__module__", "")) != _OWN_NAME
+        }
+
+    def moved(self) -> bool:
+        now = self.read()
+        return now.keys() != self.saved.keys() or not all(map(is_, now.values(), self.saved.values()))
+
+    def write(self, content: dict[Any, Any]) -> None:
+        for name, key in self.read().keys() - content.keys():
+            del self.holder[name][key]
+        for (name, key), hook in content.items():
+            self.holder[name][key] = hook
+
+    def values(self) -> Iterable[Any]:
+        return list(self.read().values())
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
 class _ModuleState(_ModuleDict):
-    """A module's ``__dict__``; its dicts have places of their own, and its hooks may be set within a look."""
+    """A module's ``__dict__``; its dicts have places of their own."""
 
     def values(self) -> Iterable[Any]:
         return [value for name, value in self.holder.items() if name not in _MODULE_INTERNALS]
@@ -135,8 +180,9 @@ class _List(Place):
         return list(self.holder)
 
     def write(self, content: list[Any]) -> None:
-        self.holder.clear()
-        self.holder.extend(content)
+        kind = list if isinstance(self.holder, list) else collections.deque
+        kind.clear(self.holder)
+        kind.extend(self.holder, content)
 
 
 class _Set(Place):
@@ -147,8 +193,8 @@ class _Set(Place):
         return len(self.holder) != len(self.saved) or not all(value in self.holder for value in self.saved)
 
     def write(self, content: list[Any]) -> None:
-        self.holder.clear()
-        self.holder.update(content)
+        set.clear(self.holder)
+        set.update(self.holder, content)
 
 
 class _Length(Place):
@@ -285,6 +331,64 @@ class _Defaults(Place):
         self.holder.__defaults__ = tuple(content)
 
 
+class _Cache(Place):
+    """A ``functools.lru_cache``, which does not show what it holds: one that was empty is emptied again."""
+
+    def read(self) -> Any:
+        return self.holder.cache_info()
+
+    def moved(self) -> bool:
+        return self.holder.cache_info().misses != self.saved.misses
+
+    def restore(self) -> None:
+        if self.saved.currsize == 0:
+            self.holder.cache_clear()
+
+    def refusal(self) -> InputError | None:
+        if self.saved.currsize == 0:
+            return None
+        name = getattr(self.holder, "__qualname__", "a function")
+        return InputError(
+            expected="caches of functions that a forward pass and a loss do not add to, for that cannot be put back",
+            got=f"{name}, an lru_cache that was called with new arguments",
+            do=f"call {name}.cache_clear() before the look",
+        )
+
+    def values(self) -> Iterable[Any]:
+        return [self.holder.__wrapped__]
+
+    def write(self, content: Any) -> None:
+        raise NotImplementedError
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
+class _ScriptState(Place):
+    """Attributes of a TorchScript module that are no weights, buffers or modules; containers come and go as copies."""
+
+    def __init__(self, holder: torch.jit.ScriptModule) -> None:
+        others: Any = (holder._parameters, holder._buffers, holder._modules)
+        self.names = [name for name in _attributes_of(holder) if not any(name in other for other in others)]
+        super().__init__(holder)
+
+    def read(self) -> dict[str, Any]:
+        return {name: self.holder._c.getattr(name) for name in self.names}
+
+    def moved(self) -> bool:
+        return not all(_same(value, self.saved[name]) for name, value in self.read().items())
+
+    def write(self, content: dict[str, Any]) -> None:
+        for name, value in content.items():
+            self.holder._c.setattr(name, value)
+
+    def values(self) -> Iterable[Any]:
+        return self.read().values()
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
 class _Array(Place):
     """A NumPy array or a bytearray, by value."""
 
@@ -366,6 +470,23 @@ class _PythonRandom(_Array):
         self.holder.setstate(content)
 
 
+def _attributes_of(module: Any) -> list[str]:
+    kinds = getattr(module, "_concrete_type", None)
+    names = () if kinds is None else kinds.get_attributes()
+    return [name for name in names if name not in ("training", "_is_full_backward_hook")]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of TorchScript are the same: tensors by identity, anything else by value."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and type(one) is type(other):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)
+
+
 _MISSING = object()
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}
 
@@ -388,6 +509,7 @@ class Reach:
         modules: every module, each once.
         tensors: every tensor that is held somewhere, each once.
         held: ids of the objects that were entered, for the question whether two walks meet.
+        arrays: every NumPy array.
         iterators: descriptions of running iterators, whose position cannot be put back.
         is_cut: whether a limit of the walk was met.
     """
@@ -396,6 +518,7 @@ class Reach:
         self.places: list[Place] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
+        self.arrays: list[np.ndarray] = []
         self.iterators: list[str] = []
         self.held: dict[int, Any] = {}
         self.is_cut = False
@@ -431,6 +554,9 @@ class Reach:
             self._put([value.keywords, value.__dict__])
         elif isinstance(value, type):
             self._enter_class(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            if isinstance(value.__wrapped__, types.FunctionType) and not _is_library(value.__wrapped__):
+                self._add(_Cache(value))
         else:
             self._enter_object(value)
 
@@ -441,12 +567,15 @@ class Reach:
 
     def _enter_tensor(self, value: Tensor) -> None:
         self.tensors.append(value)
+        self._add(_Dict(value.__dict__), of_module=True)
+        self.held[id(value.__dict__)] = value.__dict__
         for hooks in (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None)):
             self._put(hooks.values() if hooks else ())
 
     def _enter_module(self, module: nn.Module) -> None:
         self.modules.append(module)
         if isinstance(module, torch.jit.ScriptModule):
+            self._add(_ScriptState(module), of_module=True)
             self._put([*module.parameters(recurse=False), *module.buffers(recurse=False), *module.children()])
             return
         state = module.__dict__
@@ -456,7 +585,9 @@ class Reach:
             self.held[id(state[name])] = state[name]
         self._add(_Buffers(state["_buffers"]), of_module=True)
         self.held[id(state["_buffers"])] = state["_buffers"]
+        self._add(_Hooks(state), of_module=True)
         self._put(hook for name, hooks in state.items() if name.endswith("hooks") for hook in hooks.values())
+        self._add_slots(module, of_module=True)
         self._put([type(module)])
 
     def _enter_function(self, function: types.FunctionType) -> None:
@@ -479,7 +610,19 @@ class Reach:
         space = function.__globals__
         if uses.bound_globals:
             self._add(_Names(space, sorted(uses.bound_globals)))
-        self._put(space[name] for name in uses.read_globals if name in space)
+        named = [space[name] for name in uses.read_globals if name in space]
+        self._put(named)
+        for value in named:
+            if isinstance(value, types.ModuleType):
+                self._enter_python_module(value, uses)
+
+    def _enter_python_module(self, module: types.ModuleType, uses: _Uses) -> None:
+        """What a function reads or binds of a module of the user's: ``settings.step += 1``."""
+        if _root(module.__name__) in _LIBRARIES or _is_installed(str(getattr(module, "__file__", None) or "")):
+            return
+        if uses.bound_attributes:
+            self._add(_Names(vars(module), sorted(uses.bound_attributes)))
+        self._put(vars(module)[name] for name in uses.read_attributes if name in vars(module))
 
     def _enter_class(self, kind: type) -> None:
         """A user's class: its data attributes, and what its methods name."""
@@ -532,10 +675,13 @@ class Reach:
         if isinstance(state, dict):
             self.held[id(state)] = state
             self._add(_Dict(state))
-        slots = [name for part in kind.__mro__ for name in _slots_of(part)]
-        if slots:
-            self._add(_Attributes(value, slots))
+        self._add_slots(value)
         self._put([kind])
+
+    def _add_slots(self, value: Any, of_module: bool = False) -> None:
+        slots = [name for part in type(value).__mro__ for name in _slots_of(part)]
+        if slots:
+            self._add(_Attributes(value, slots), of_module)
 
     def _place_for(self, value: Any) -> Place | None:
         if isinstance(value, dict | list | set | collections.deque | bytearray | array.array):
@@ -546,6 +692,7 @@ class Reach:
                 return _Bytes(value)
             return (_Dict if isinstance(value, dict) else _Set if isinstance(value, set) else _List)(value)
         if isinstance(value, np.ndarray):
+            self.arrays.append(value)
             if value.dtype.hasobject or not value.flags.writeable:
                 return None
             if value.nbytes > MOST_ARRAY_BYTES:
@@ -559,7 +706,8 @@ class Reach:
         if isinstance(value, np.random.RandomState):
             return None if value is cast(Any, np.random.mtrand)._rand else _NumpyRandomState(value)
         if isinstance(value, random.Random):
-            return None if value is cast(Any, random)._inst else _PythonRandom(value)
+            has_state = value is not cast(Any, random)._inst and not isinstance(value, random.SystemRandom)
+            return _PythonRandom(value) if has_state else None
         return None
 
     # -- what was reached -------------------------------------------------------------------------------------------
@@ -602,6 +750,11 @@ def _is_installed(file: str) -> bool:
 
 
 _OWN_FILES = __file__.rpartition("impact")[0]
+_OWN_NAME = _root(__name__)
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    return _root(function.__module__) in _LIBRARIES or _is_installed(function.__code__.co_filename)
 
 
 def _function(value: Any) -> types.FunctionType | None:
@@ -628,6 +781,8 @@ class _Uses:
         self.read_globals: set[str] = set()
         self.bound_globals: set[str] = set()
         self.bound_cells: set[str] = set()
+        self.read_attributes: set[str] = set()
+        self.bound_attributes: set[str] = set()
         self._read(code)
 
     def _read(self, code: types.CodeType) -> None:
@@ -638,6 +793,10 @@ class _Uses:
                 self.bound_globals.add(instruction.argval)
             elif instruction.opname in ("STORE_DEREF", "DELETE_DEREF"):
                 self.bound_cells.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                self.read_attributes.add(instruction.argval)
+            elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                self.bound_attributes.add(instruction.argval)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._read(constant)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from local_elasticity.errors import InputError
 from local_elasticity.impact.linear import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import Problem, close
+from local_elasticity.impact.problem import USER_ERRORS, Problem, close, first_words
 from local_elasticity.impact.progress import Progress
 
 VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
@@ -21,9 +21,6 @@ VMAP_LEAST_SOURCES = 8
 VMAP_MOST_PRODUCTS = 2**20  # weights x targets: above, one batched product costs more than one after the other
 SAME_CHANGE = 1e-3  # of a change: how far two routes to it may be apart, beside rounding
 SAME_CHANGE_OF_CASTS = 0.05  # the same within autocast, whose factors have 8 bits
-_NO_BATCHING = (
-    RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-)  # fmt: skip
 
 
 @dataclass
@@ -184,8 +181,8 @@ def _by_vmap(
             losses, looked = _vmap_chunk(problem, start, stop)
         except InputError:
             raise
-        except _NO_BATCHING as error:
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except USER_ERRORS as error:
+            return first_words(error)
         for offset in range(stop - start):
             _keep(problem, results, start + offset, losses[offset], looked[offset])
         if math.isnan(plan.estimated_seconds):
@@ -271,7 +268,7 @@ def _check_against_linear(problem: Problem, result: Result, check_pairs: int) ->
     try:
         directions = problem.step.directions(problem.gradient(source)[1])
         linear = first_order_change(problem, directions, problem.targets[rows])
-    except _NO_BATCHING as error:
-        result.plan.notes.append(f"linearisation unchecked: {str(error).strip().splitlines()[0]}")
+    except USER_ERRORS as error:
+        result.plan.notes.append(f"linearisation unchecked: {first_words(error)}")
         return float("nan")
     return relative_error(result.change[source, rows], linear)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -149,10 +148,7 @@ class Shadows:
         for tensor, own in zip(group, owns, strict=True):
             members.append(GroupedShadow(tensor, own, storage))
             self._of[id(tensor)] = members[-1]
-        ends = sorted((*_extent(own), id(tensor)) for tensor, own in zip(group, owns, strict=True))
-        for (_, stop, one), (start, _, other) in itertools.pairwise(ends):
-            if start < stop:
-                self._overlapping |= {one, other}
+        self._overlapping |= overlapping(group)
 
     def rewind(self, spared: frozenset[int] = frozenset()) -> list[Tensor]:
         """Give every tensor that was written its first values again; returns these tensors.
@@ -197,6 +193,22 @@ class Shadows:
         """Every tensor has its own data again."""
         for shadow in [*self.single, *(shadow for _, members in self.groups for shadow in members)]:
             shadow.lift()
+
+
+def overlapping(tensors: Iterable[Tensor]) -> set[int]:
+    """Those of these tensors (by id) whose memory is also another's."""
+    ends: dict[Any, list[tuple[int, int, int]]] = defaultdict(list)
+    for tensor in tensors:
+        if _can_stand_in(tensor):
+            ends[tensor.untyped_storage()._cdata].append((*_extent(tensor), id(tensor)))
+    found: set[int] = set()
+    for (_, furthest, last), *later in map(sorted, ends.values()):
+        for start, stop, name in later:  # a wide view may overlap many that do not overlap one another
+            if start < furthest:
+                found |= {last, name}
+            if stop > furthest:
+                furthest, last = stop, name
+    return found
 
 
 def _can_stand_in(x: Tensor) -> bool:

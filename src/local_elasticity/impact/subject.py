@@ -6,12 +6,14 @@ Tensors stand in for themselves by copy on write, so nothing is copied unless it
 
 from __future__ import annotations
 
+import bisect
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,7 +21,7 @@ from torch.nn.utils import parametrize
 from local_elasticity.errors import InputError
 from local_elasticity.impact.arithmetic import exact_float32
 from local_elasticity.impact.reach import Place, Reach, substituted
-from local_elasticity.impact.shadows import Shadows, private
+from local_elasticity.impact.shadows import Shadows, overlapping, private
 from local_elasticity.impact.streams import (
     Draws,
     in_main_thread,
@@ -61,6 +63,7 @@ class Subject:
         moved: what forward passes and losses have moved so far: "python" (attributes, containers, cells), "buffer",
             "generator", "tensor" (written in place), "weights".
         draws: names of the global random streams that they draw from.
+        cut: where the graphs of converted tensors, made before the look, now end.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Subject:
         self.draws: set[str] = set()
         self._stepped: frozenset[int] = frozenset()
         self._exchanged: list[Place] = []
+        self.cut: list[Tensor] = []
         self._stack = ExitStack()
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
@@ -113,6 +117,12 @@ class Subject:
                 got=", ".join(sorted(set(self.reach.iterators))),
                 do="keep a list or an index instead",
             )
+        if self.reach.arrays and _share_memory(self.reach.arrays, self.model.parameters()):
+            raise InputError(
+                expected="weights whose memory no NumPy array shares, for a step could not be seen there",
+                got="an array that is a view of a weight (weight.numpy(), np.asarray(weight))",
+                do="keep the tensor, weight.detach(), in its place, or a copy of the array",
+            )
 
     def _keep(self) -> None:
         """Let everything be put back at the end, in the reverse order, whatever happens."""
@@ -137,11 +147,25 @@ class Subject:
         tensors = self.reach.tensors if self.dtype is None else self._converted
         self._shadows = Shadows(tensors)
         self._stack.callback(self._shadows.lift)
-        self._trainable = frozenset(id(p) for p in self.model.parameters() if p.requires_grad)
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self._trainable = frozenset(map(id, weights))
+        if overlapping(weights):
+            raise InputError(
+                expected="trainable weights that each have memory of their own",
+                got="weights of the same memory, which an optimiser steps on one after the other",
+                do="hold one Parameter in both places (b.weight = a.weight), or give one a copy (.data.clone())",
+            )
 
     def _convert(self, dtype: torch.dtype) -> None:
         """Exchange every floating tensor for one of another dtype, wherever it is held."""
-        others: dict[int, Tensor] = {id(t): _converted(t, dtype, self.only_narrow) for t in self.reach.tensors}
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if trained & overlapping(self.reach.tensors):
+            raise InputError(
+                expected="weights whose memory no other tensor shares, for dtype= and for weights of 16 bits",
+                got="a view of a weight, or its .data, that the model or the loss holds",
+                do="hold the weight itself, or convert the model yourself (and dtype='as_is' for weights of 16 bits)",
+            )
+        others: dict[int, Tensor] = {id(t): self._other(t, dtype) for t in self.reach.tensors}
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
         self._exchanged = self._exchange(lambda t: others.get(id(t), t))
         self._converted = list({id(t): t for t in others.values()}.values())
@@ -152,6 +176,14 @@ class Subject:
                     got="a TorchScript module",
                     do="convert it yourself",
                 )
+
+    def _other(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of another dtype; one with a graph begins a graph of its own, where that can be noticed."""
+        other = _converted(x, dtype, self.only_narrow)
+        if other is x or x.is_leaf or not x.requires_grad:
+            return other
+        self.cut.append(other.requires_grad_())
+        return other.clone()
 
     def _exchange(self, exchange: Callable[[Tensor], Tensor]) -> list[Place]:
         """Exchange tensors in all places; returns those that hold other ones now."""
@@ -223,6 +255,9 @@ class Subject:
         for place in self.reach.places:
             if place.moved():
                 self.moved.add(place.kind)
+                refusal = place.refusal()
+                if refusal is not None:
+                    raise refusal
                 place.restore()
 
     def call(self, x: Tensor) -> Any:
@@ -269,6 +304,9 @@ class Subject:
         """
         self._rewind_places()
         others = {id(p): value for p, value in zip(parameters, values, strict=True)}
+        for p, value in zip(parameters, values, strict=True):
+            if p.__dict__:
+                value.__dict__ = p.__dict__  # attributes that the user has set
         changed: list[Place] = []
         try:
             changed = self._exchange(lambda t: others.get(id(t), t))
@@ -415,10 +453,25 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
         other = nn.Parameter(other, x.requires_grad)
     else:
         other.requires_grad_(x.requires_grad and x.is_leaf)
+    if type(other) is not type(x):
+        other.__class__ = type(x)
+    other.__dict__ = x.__dict__  # attributes that the user has set, and what is done to them
     if x._backward_hooks:
         for hook in x._backward_hooks.values():
             other.register_hook(hook)
     return other
+
+
+def _share_memory(arrays: Sequence[np.ndarray], weights: Iterable[Tensor]) -> bool:
+    """Whether any of these arrays begins within the memory of a trainable weight."""
+    trained = [p for p in weights if p.requires_grad and p.device.type == "cpu" and p.layout is torch.strided]
+    ends = sorted((p.untyped_storage().data_ptr(), p.untyped_storage().nbytes()) for p in trained)
+    for array in arrays:
+        begins = array.__array_interface__["data"][0]
+        place = bisect.bisect(ends, begins, key=lambda end: end[0]) - 1
+        if place >= 0 and begins < sum(ends[place]):
+            return True
+    return False
 
 
 def _put_back_requirements(flags: list[tuple[Tensor, bool]]) -> None:
