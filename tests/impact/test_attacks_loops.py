@@ -1,6 +1,6 @@
 """What loops do around the step, and what trackers are given: as a real step of ``torch.optim`` does, or refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import local_elasticity as le
 from local_elasticity.errors import InputError
+from local_elasticity.similarity import DEFINITIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,3 +70,43 @@ def test_step_hooks_are_refused_by_name(when: str, wraps: bool) -> None:
     finally:
         handle.remove()
     le.measure(model, F.cross_entropy, samples(), update=update)
+
+
+# -- what a tracker is given -------------------------------------------------------------------------------------------
+
+
+def tracker(**options: Any) -> le.Tracker:
+    model = options.pop("model", None) or network()
+    loss = options.pop("loss", nn.CrossEntropyLoss())
+    return le.Tracker(model, loss, samples(), **{"update": le.SGD(lr=0.1), **options})
+
+
+def one_logit() -> nn.Module:
+    return nn.Sequential(network(), nn.Linear(3, 1), nn.Flatten(0)).double()
+
+
+@pytest.mark.parametrize(
+    ("definition", "options", "words"),
+    [
+        ("kl", {"outputs": "values"}, "logits or probabilities"),
+        ("l2", {"outputs": "probabilities"}, "that sum to 1"),
+        ("kl", {"loss": lambda o, t: F.binary_cross_entropy_with_logits(o, F.one_hot(t, 3).double())}, "distribution"),
+        ("l1", {"model": one_logit(), "loss": lambda o, t: F.mse_loss(o, t.double())}, "distribution"),
+        ("of a fourth class", {}, "can be evaluated"),
+    ],
+)
+def test_definitions_that_do_not_fit_are_refused_before_training(
+    definition: str, options: dict[str, Any], words: str, definitions: None
+) -> None:
+    le.define("of a fourth class", on="change")(lambda change: change[..., 3].abs())
+    with pytest.raises(InputError, match=words):
+        tracker(definitions=("he_su", definition), **options)
+
+
+@pytest.fixture
+def definitions() -> Iterator[None]:
+    """Definitions of a test's own are gone afterwards."""
+    known = dict(DEFINITIONS)
+    yield
+    DEFINITIONS.clear()
+    DEFINITIONS.update(known)

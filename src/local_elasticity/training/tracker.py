@@ -276,28 +276,36 @@ class Tracker:
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _try(self) -> None:
-        """Take each update at one probe, so that what cannot be measured is refused before training starts."""
+        """Take each update at two probes, so that what cannot be measured is refused before training starts.
+
+        The largest label is the one that shows whether labels are classes of the outputs.
+        """
+        some = torch.unique(torch.tensor([0, int(self.labels.argmax())]))
         for name, update in self.updates.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                impact = self._measure(name, update, 1)
-            check_labels(self.labels, impact.before.shape[1], self.outputs)
+                impact = self._measure(name, update, some)
+                check_labels(self.labels, impact.before.shape[1], self.outputs)
+                for definition in self.definitions:
+                    self._movements(name, impact, definition)
 
-    def _measure(self, name: str, update: Update, n: int | None = None) -> Impact:
-        """An update at the first ``n`` probes, all by default."""
+    def _measure(self, name: str, update: Update, some: Tensor | None = None) -> Impact:
+        """An update at some probes, all by default, looked at on all of them."""
         is_limit = name in self.limits
         route, chunk_size = self._asked[name]
+        sources = (self.inputs, self.labels) if some is None else (self.inputs[some], self.labels[some])
         return measure(
             self.model,
             self.loss_fn,
-            (self.inputs[:n], self.labels[:n]),
+            sources,
+            None if some is None else self.inputs,
             update=update,
             engine="linear" if is_limit else "replay",
             outputs=self.outputs,
             route=None if is_limit else route,
             chunk_size=len(self.inputs) if is_limit else chunk_size,
             mode=self.mode,
-            check_pairs=self.check_pairs if n is None else 0,
+            check_pairs=self.check_pairs if some is None else 0,
         )
 
     def _estimate(self) -> float:
@@ -350,12 +358,10 @@ class Tracker:
         tables, pairs = {}, {}
         ids = self.sample_index if len(set(self.sample_index.tolist())) == len(self.sample_index) else None
         for update, impact in impacts.items():
-            limit = update in self.limits
             for definition in self.definitions:
-                seen: tuple[Any, ...] = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
-                numerators, denominators = movements(*seen)
+                numerators, denominators = self._movements(update, impact, definition)
                 ratio = numerators / denominators[:, None]
-                if limit:
+                if update in self.limits:
                     denominators = movements(at_limit(impact, together=True), definition, 0.0)[1]
                 ratio = torch.where(torch.isfinite(ratio) & (denominators[:, None] != 0), ratio, torch.nan).cpu()
                 pairs[update, definition] = ratio.numpy()
@@ -371,6 +377,12 @@ class Tracker:
                     seed=self.seed,
                 )
         return tables, pairs
+
+    def _movements(self, update: str, impact: Impact, definition: str) -> tuple[Tensor, Tensor]:
+        """Numerators and denominators of a definition, those of an update in its limit at their limit."""
+        if update in self.limits:
+            return movements(at_limit(impact), definition, 0.0)
+        return movements(impact, definition)
 
     def _content(
         self,
