@@ -1,8 +1,12 @@
 """What loops do around the step, and what trackers are given: as a real step of ``torch.optim`` does, or refused."""
 
+import random
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import local_elasticity as le
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import DEFINITIONS
+from local_elasticity.training.schedule import Moment, Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -110,3 +115,84 @@ def definitions() -> Iterator[None]:
     yield
     DEFINITIONS.clear()
     DEFINITIONS.update(known)
+
+
+def test_a_definition_may_write_to_what_it_is_given(definitions: None) -> None:
+    @le.define("in place", on="outputs")
+    def moved(before: Tensor, after: Tensor) -> Tensor:
+        return after.sub_(before).abs_().sum(-1)
+
+    impact = le.measure(network(), F.cross_entropy, samples(), update=le.SGD(lr=0.1))
+    after = impact.after.clone()
+    first = le.s_rel(impact, "in place")
+    assert torch.equal(impact.after, after)
+    torch.testing.assert_close(le.s_rel(impact, "in place"), first)
+
+
+def train(track: Callable[[nn.Module], le.Tracker] | None, epochs: int = 4, **scalars: Any) -> list[Tensor]:
+    """Batches are drawn from torch's global stream."""
+    torch.manual_seed(3)
+    (x, y), model = samples(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracked = track(model) if track else None
+    for _ in range(epochs):
+        batch = torch.randperm(len(x))[:4]
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if tracked:
+            tracked.step(**scalars)
+    return [p.detach() for p in model.parameters()]
+
+
+def draw(*_: Any) -> float:
+    """As iterating over a shuffled loader does."""
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    return float(torch.rand(()))
+
+
+class AtRandom(Schedule):
+    def due(self, moment: Moment) -> bool:
+        return draw() < 2
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another thread"])
+def test_functions_that_a_tracker_calls_leave_the_random_streams(beside: bool, definitions: None) -> None:
+    le.define("drawn", on="change")(lambda change: change.norm(dim=-1) + draw())
+    options = {"definitions": ("drawn",), "schedule": AtRandom(), "before_commit": draw}
+    alone = train(None)
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait, daemon=True)
+    if beside:
+        thread.start()
+    try:
+        together = train(lambda model: tracker(model=model, **options), accuracy=draw)
+    finally:
+        release.set()
+    assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("name", ["train/loss", "", "..", ".hidden", "zarr.json", "x" * 300])
+def test_numbers_whose_names_no_array_can_have_are_refused_at_the_first_step(name: str) -> None:
+    with pytest.raises(InputError, match="rename this number"):
+        tracker(schedule=le.every(100)).step(**{name: 1.0})
+
+
+def test_a_run_of_several_labels_a_sample_refuses_later_what_it_refuses_at_once(tmp_path: Path) -> None:
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(o, F.one_hot(t, 3).double())
+
+    for options in ({}, {"store": tmp_path / "run.zarr"}):
+        tracked = tracker(loss=loss, definitions=("he_su",), **options)
+        tracked.snapshot()
+        with pytest.raises(InputError, match="one distribution"):
+            tracked.finish().s_rel("kl")
+
+
+def test_a_run_without_snapshots_says_so() -> None:
+    tracked = tracker(schedule=le.at([]))
+    tracked.step()
+    with pytest.raises(InputError, match="look more often"):
+        tracked.finish().s_rel("kl")
