@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,38 @@ def test_a_run_without_snapshots_says_so() -> None:
     tracked.step()
     with pytest.raises(InputError, match="look more often"):
         tracked.finish().s_rel("kl")
+
+
+# -- labels that one term of a loss ignores ----------------------------------------------------------------------------
+
+
+def squares(model: nn.Module) -> Tensor:
+    return torch.stack([p.pow(2).sum() for p in model.parameters()]).sum()
+
+
+TERMS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "weights": lambda model, o, t: F.cross_entropy(o, t, reduction="sum") + squares(model),
+    "outputs": lambda model, o, t: F.cross_entropy(o, t).nan_to_num(0) + o.pow(2).sum(),
+    "other labels": lambda model, o, t: F.cross_entropy(o, t, reduction="sum") + F.cross_entropy(o, t.clamp_min(0)),
+    "these samples alone": lambda model, o, t: F.cross_entropy(o, t, reduction="sum") + (t < 0).sum() * o.pow(2).sum(),
+    "none": lambda model, o, t: F.cross_entropy(o, t),
+}
+
+
+@pytest.mark.parametrize("engine", ["replay", "linear"])
+@pytest.mark.parametrize("term", TERMS)
+def test_a_label_that_one_term_ignores_moves_what_the_others_say(term: str, engine: Any) -> None:
+    rate = 1e-6 if engine == "linear" else 0.05
+    (x, y), real = samples(), []
+    y[[1, 4, 5]] = -100
+    for source in range(len(x)):
+        model = network()
+        before = model(x).detach()
+        TERMS[term](model, model(x[source : source + 1]), y[source : source + 1]).backward()
+        torch.optim.SGD(model.parameters(), lr=rate).step()
+        real.append(model(x).detach() - before)
+    model = network()
+    loss = partial(TERMS[term], model)
+    change = le.measure(model, loss, (x, y), update=le.SGD(lr=rate), engine=engine).change
+    close = {"rtol": 1e-3, "atol": 1e-10} if engine == "linear" else {"rtol": 1e-6, "atol": 1e-12}
+    torch.testing.assert_close(change, torch.stack(real), **close)
