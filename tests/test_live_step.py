@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import local_elasticity as le
 from local_elasticity.errors import InputError
@@ -492,18 +491,6 @@ def test_a_step_replaced_on_the_class_is_followed(monkeypatch):
 
     monkeypatch.setattr(optim.SGD, "step", step)
     assert_probe_is_real_step(model, optimizer, x, y)
-
-
-def test_hooks_on_all_optimizers_are_not_run_but_said():
-    model, x, y = make()
-    calls = []
-    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
-    try:
-        with pytest.warns(UserWarning, match="hooks"):
-            probed(model, from_optimizer(optim.RMSprop(model.parameters())), x[:1], y[:1])
-    finally:
-        handle.remove()
-    assert calls == []
 
 
 def test_distributed_optimizers_are_refused():

@@ -160,17 +160,6 @@ def test_scheduler_attached(name):
     assert_probe_is_next_step(model, optimizer, x, y)
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "adam"])
-def test_step_hooks_are_not_run_but_said(name):
-    model, x, y = make()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    calls = []
-    optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    with pytest.warns(UserWarning, match="hooks"):
-        probe(model, from_optimizer(optimizer), x[:1], y[:1])
-    assert calls == []
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_converted_copy(name):
     model, x, y = make()

@@ -91,9 +91,15 @@ class Run:
         if "after" not in data:
             if "pairs" in data and definition in data["definition"].values and eps is None:
                 return data["pairs"].sel(definition=definition)
+            if not data.sizes.get("step", 0):
+                raise InputError(
+                    expected="a run with snapshots",
+                    got="one without any",
+                    do="look more often: schedule=le.every(n) with n at most the number of updates",
+                )
             raise InputError(
                 expected="a run that kept its outputs",
-                got=f"a run without them, definitions {list(data['definition'].values)}",
+                got=f"a run without them, definitions {[str(name) for name in data['definition'].values]}",
                 do="track with keep='outputs', or read the tables in run.dataset",
             )
         outputs: Any = data.attrs.get("outputs", "logits")
@@ -110,6 +116,7 @@ class Run:
                     outputs=outputs,
                     eps=eps,
                     limit=limit,
+                    independent=bool(data.attrs.get("independent", False)),
                 )
                 for a, o, limit in zip(after, own, limits, strict=True)
             ]

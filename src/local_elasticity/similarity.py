@@ -327,9 +327,9 @@ def _moved(
 
 
 def _called(rule: Definition, movement: Movement, given: tuple[Tensor, ...]) -> Any:
-    """A movement of the user's own may raise anything; one of ours does not."""
+    """A movement of the user's own may raise anything, and write to what it is given; one of ours does not."""
     try:
-        return movement(*given)
+        return movement(*(given if is_built_in(rule.name) else (x.clone() for x in given)))
     except InputError:
         raise
     except Exception as error:

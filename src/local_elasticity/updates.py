@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -285,7 +284,6 @@ class _Live(Update):
                 got=f"{type(self.optimizer).__name__} without any of them",
                 do="build the optimiser from model.parameters() and pass that one",
             )
-        _warn_of_hooks(self.optimizer)
         rule = _fast_rule(self.optimizer) or _Shadow
         step = rule(list(parameters.values()), list(originals.values()), self.optimizer)
         is_scaled = self.scaler is not None and self.scaler.is_enabled()
@@ -303,7 +301,7 @@ def from_optimizer(
     """The very next step that this live optimiser would take on a gradient; its state is read, never written.
 
     SGD, Adam and AdamW in their plain form go by formulas that equal ``torch.optim`` bit for bit; any other setting or
-    class runs as a copy of the optimiser, made anew for every source. Step hooks of the optimiser are not run.
+    class runs as a copy of the optimiser, made anew for every source.
 
     What the loop does between ``backward()`` and ``step()`` is done too, in the usual order: unscale, look for infinite
     gradients, clip.
@@ -320,8 +318,8 @@ def from_optimizer(
         The update.
 
     Raises:
-        InputError: for what is no ``torch.optim.Optimizer``; one whose step needs a closure (LBFGS), is distributed, or
-            was replaced on the instance; clips that are no numbers >= 0, or both; a scaler that is none.
+        InputError: for what is no ``torch.optim.Optimizer``; one whose step needs a closure (LBFGS), is distributed,
+            was replaced on the instance or runs hooks; clips that are no numbers >= 0, or both; a scaler that is none.
 
     Examples:
         >>> model = torch.nn.Linear(2, 1)
@@ -374,17 +372,24 @@ def _check_optimizer(optimizer: Any) -> None:
             got=f"a {kind.__name__} whose step was replaced on the instance",
             do="make a subclass of it with that step, or take the replacement off while measuring",
         )
+    _check_step_hooks(optimizer)
 
 
-def _warn_of_hooks(optimizer: torch.optim.Optimizer) -> None:
+def _check_step_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse step hooks: what they do to gradients or weights belongs to the step, and may reach anything else."""
     module = sys.modules[torch.optim.Optimizer.__module__]
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        *(getattr(module, f"_global_optimizer_{when}_hooks") for when in ("pre", "post")),
-    )
-    if any(hooks):
-        warnings.warn("the optimiser's step hooks are not run by the probe update", stacklevel=4)
+    kinds = [getattr(module, f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
+    for each in _optimizers_in(optimizer, set()):
+        kinds += [each._optimizer_step_pre_hooks, each._optimizer_step_post_hooks]
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    users = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
+    if users:
+        name = getattr(users[0], "__qualname__", type(users[0]).__name__)
+        raise InputError(
+            expected="an optimiser without step hooks",
+            got=f"a {type(optimizer).__name__} whose step runs the hook {name}",
+            do="do in the loop what the hook does, or in the step of a subclass of the optimiser",
+        )
 
 
 class _LoopStep(Step):

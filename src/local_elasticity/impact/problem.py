@@ -62,7 +62,7 @@ class Problem:
         target_chunk_size: targets in one forward pass; None for all.
 
     Attributes:
-        ignored: sources whose label the loss ignores: their gradient is zero.
+        ignored: sources whose label the loss ignores, and at which nothing else of it has a gradient.
         first_source: the first that is not ignored.
         independent: whether the labels or the loss show that the outputs are not one distribution.
         notes: what the loss says that the user should know.
@@ -245,8 +245,18 @@ class Problem:
         check_class_weights(calls, self.labels)
         note = cancelling_class_weights(calls, self.labels)
         self.notes += [] if note is None else [note]
-        self.ignored = ignored.cpu()
+        self.ignored = self._still(ignored.cpu())
         self.first_source = int((~self.ignored).int().argmax())
+
+    def _still(self, ignored: Bool[Tensor, " sources"]) -> Bool[Tensor, " sources"]:
+        """Of the sources whose labels the loss ignores, those at which none of its other terms has a gradient."""
+        still = ignored.clone()
+        for source in torch.nonzero(ignored).flatten().tolist():
+            with torch.enable_grad():
+                loss = self.loss(source)[1]
+                gradients = self._gradients(loss, source) if loss.requires_grad else ()
+            still[source] = not any(bool(g.any()) for g in gradients if g is not None)
+        return still
 
     def _noise(self) -> Float[Tensor, " targets"]:
         """Largest difference over two batch compositions, at least 4 ulp of the largest output."""

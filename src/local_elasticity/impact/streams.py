@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -49,6 +50,21 @@ def moved_streams(state: dict[str, Any]) -> set[str]:
     if random.getstate() != state["python"]:
         names.add("python")
     return names
+
+
+@contextmanager
+def kept_streams() -> Iterator[None]:
+    """Put back what a function of the user's draws from the global streams; draws of other threads stay."""
+    before = random_state()
+    watched = Draws() if threading.active_count() > 1 else None
+    try:
+        with watched or nullcontext():
+            yield
+    finally:
+        names = moved_streams(before)
+        if watched is not None:
+            names &= ({"torch", "cuda"} if watched.were_seen else set()) | ({"python"} if watched.in_python else set())
+        set_random_state(before, names)
 
 
 def in_main_thread() -> bool:

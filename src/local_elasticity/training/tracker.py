@@ -7,7 +7,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from local_elasticity.impact.checks import check_labels, check_sources, check_up
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
+from local_elasticity.impact.streams import kept_streams
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
 from local_elasticity.runs import (
@@ -60,6 +62,7 @@ from local_elasticity.updates import Update
 Keep = Literal["outputs", "pairs", "tables"]
 Scalar = float | Callable[[], float]
 PILOT_SOURCES = 4
+MOST_LETTERS = 60  # in the name of a number: file systems take 255 bytes
 CHECKPOINTS = 16  # snapshots whose checkpoints' hashes are kept
 KEEP_LIMIT = 500 * 10**6  # bytes of outputs kept by default
 PER_PAIR = ("update", "definition", "source_class", "target_class")
@@ -193,6 +196,7 @@ class Tracker:
             The snapshot, committed to the store, or None: not due, or not rank 0.
         """
         epoch = check_real("epoch", epoch, or_none=True)
+        _check_scalar_names(scalars)
         if _whole(epoch) != _whole(self._epoch):
             self._epoch_start = self.updates_made
         self._epoch = epoch
@@ -202,25 +206,33 @@ class Tracker:
             return None
         elapsed = time.perf_counter() - self._started
         moment = Moment(call, call - self._epoch_start, elapsed, self._measuring, self._estimate)
-        return self.snapshot(**scalars) if self.schedule.due(moment) else None
+        with nullcontext() if type(self.schedule).__module__ == Schedule.__module__ else kept_streams():
+            is_due = self.schedule.due(moment)
+        return self.snapshot(**scalars) if is_due else None
 
     def snapshot(self, **scalars: Scalar) -> Look:
         """Look now, also before the first update; replaces an earlier look at the same step. Empty but on rank 0."""
         if not self.looks:
             return Look(self.updates_made, {}, 0.0)
+        _check_scalar_names(scalars)
         started = time.perf_counter()
-        numbers = {name: _number(name, value) for name, value in scalars.items()}
+        with kept_streams():
+            numbers = {name: _number(name, value) for name, value in scalars.items()}
         impacts = {name: self._measure(name, update) for name, update in self.updates.items()}
         tables, pairs = self._evaluate(impacts)
         content = self._content(impacts, tables, pairs, numbers)
         plans = {name: impact.plan.as_dict() for name, impact in impacts.items()}
-        attributes = {**self._route_attributes(plans), "epoch_start": [_whole(self._epoch), self._epoch_start]}
+        attributes = self._route_attributes(plans)
+        attributes["independent"] = any(impact.independent for impact in impacts.values())
+        attributes["epoch_start"] = [_whole(self._epoch), self._epoch_start]
         content["seconds"] = ((), np.float64(time.perf_counter() - started))
         if not self._created:
             self._store.create(self._static(impacts), {**self._attributes, **attributes})
             self._created = True
         if self.before_commit is not None:
-            attributes |= self._note_checkpoint(self.before_commit(self.updates_made))
+            with kept_streams():
+                returned = self.before_commit(self.updates_made)
+            attributes |= self._note_checkpoint(returned)
         self._store.append(self.updates_made, content, attributes)
         seconds = time.perf_counter() - started
         self._measuring += seconds
@@ -276,28 +288,36 @@ class Tracker:
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _try(self) -> None:
-        """Take each update at one probe, so that what cannot be measured is refused before training starts."""
+        """Take each update at two probes, so that what cannot be measured is refused before training starts.
+
+        The largest label is the one that shows whether labels are classes of the outputs.
+        """
+        some = torch.unique(torch.tensor([0, int(self.labels.argmax())]))
         for name, update in self.updates.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                impact = self._measure(name, update, 1)
-            check_labels(self.labels, impact.before.shape[1], self.outputs)
+                impact = self._measure(name, update, some)
+                check_labels(self.labels, impact.before.shape[1], self.outputs)
+                for definition in self.definitions:
+                    self._movements(name, impact, definition)
 
-    def _measure(self, name: str, update: Update, n: int | None = None) -> Impact:
-        """An update at the first ``n`` probes, all by default."""
+    def _measure(self, name: str, update: Update, some: Tensor | None = None) -> Impact:
+        """An update at some probes, all by default, looked at on all of them."""
         is_limit = name in self.limits
         route, chunk_size = self._asked[name]
+        sources = (self.inputs, self.labels) if some is None else (self.inputs[some], self.labels[some])
         return measure(
             self.model,
             self.loss_fn,
-            (self.inputs[:n], self.labels[:n]),
+            sources,
+            None if some is None else self.inputs,
             update=update,
             engine="linear" if is_limit else "replay",
             outputs=self.outputs,
             route=None if is_limit else route,
             chunk_size=len(self.inputs) if is_limit else chunk_size,
             mode=self.mode,
-            check_pairs=self.check_pairs if n is None else 0,
+            check_pairs=self.check_pairs if some is None else 0,
         )
 
     def _estimate(self) -> float:
@@ -350,12 +370,10 @@ class Tracker:
         tables, pairs = {}, {}
         ids = self.sample_index if len(set(self.sample_index.tolist())) == len(self.sample_index) else None
         for update, impact in impacts.items():
-            limit = update in self.limits
             for definition in self.definitions:
-                seen: tuple[Any, ...] = (at_limit(impact), definition, 0.0) if limit else (impact, definition)
-                numerators, denominators = movements(*seen)
+                numerators, denominators = self._movements(update, impact, definition)
                 ratio = numerators / denominators[:, None]
-                if limit:
+                if update in self.limits:
                     denominators = movements(at_limit(impact, together=True), definition, 0.0)[1]
                 ratio = torch.where(torch.isfinite(ratio) & (denominators[:, None] != 0), ratio, torch.nan).cpu()
                 pairs[update, definition] = ratio.numpy()
@@ -371,6 +389,13 @@ class Tracker:
                     seed=self.seed,
                 )
         return tables, pairs
+
+    def _movements(self, update: str, impact: Impact, definition: str) -> tuple[Tensor, Tensor]:
+        """Numerators and denominators of a definition, those of an update in its limit at their limit."""
+        with nullcontext() if is_built_in(definition) else kept_streams():
+            if update in self.limits:
+                return movements(at_limit(impact), definition, 0.0)
+            return movements(impact, definition)
 
     def _content(
         self,
@@ -683,6 +708,18 @@ def _accuracy(outputs: Tensor, labels: Tensor, kind: str) -> float:
 
 def _whole(epoch: float | None) -> int | None:
     return None if epoch is None else math.floor(epoch)
+
+
+def _check_scalar_names(names: Iterable[str]) -> None:
+    """Refuse names that no array of a run can have: each is a folder's name."""
+    for name in names:
+        is_taken = not name or name.startswith(".") or name == "zarr.json"
+        if is_taken or "/" in name or "\0" in name or len(name) > MOST_LETTERS:
+            raise InputError(
+                expected=f"names of at most {MOST_LETTERS} letters without '/' for the numbers of a step",
+                got=repr(name) if len(name) <= MOST_LETTERS else f"{name[:20]!r}… of {len(name)}",
+                do=f"rename this number, for example {name.strip('./')[:20].replace('/', '_') or 'loss'}",
+            )
 
 
 def _number(name: str, value: Scalar) -> float:
