@@ -402,7 +402,7 @@ def _float64(x: Any, name: str = "outputs") -> Tensor:
 
 def _real_tensor(x: Any, name: str) -> Tensor:
     try:
-        x = torch.as_tensor(x).detach()
+        x = (x if isinstance(x, Tensor) else torch.as_tensor(x)).detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             expected=f"numbers for {name}, in a tensor or an array",

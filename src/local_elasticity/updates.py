@@ -407,7 +407,9 @@ class _LoopStep(Step):
             assert loop.scaler is not None
             self.loss_scale = float(loop.scaler.get_scale())
             # As in torch, whose scale is a float32: the reciprocal by way of float64.
-            self.inverse_scale = float(torch.tensor(self.loss_scale, dtype=torch.float64).reciprocal().float())
+            self.inverse_scale = float(
+                torch.tensor(self.loss_scale, dtype=torch.float64, device="cpu").reciprocal().float()
+            )
 
     def _check(self, originals: Sequence[nn.Parameter]) -> None:
         has_complex = any(p.is_complex() for p in originals)

@@ -437,3 +437,21 @@ def test_nested_inputs_and_outputs_that_are_classes_are_refused() -> None:
 
     with pytest.raises(le.InputError, match=r"torch\.int64"):
         measured(fresh(Classifying))
+
+
+def test_a_default_device_that_is_not_the_models() -> None:
+    """``torch.set_default_device`` is where users make tensors, not where their model is."""
+    x, y = samples()
+    model = fresh(KeepsHidden)
+
+    def looks(where: Any) -> list[Tensor]:
+        with torch.device(where):
+            settings: dict[str, Any] = {"update": le.SGD(lr=RATE)}
+            routes = [("replay", "step"), ("replay", "vmap"), ("linear", "contract"), ("linear", "jvp")]
+            changes = [
+                le.measure(model, F.cross_entropy, (x, y), engine=engine, route=route, **settings).change
+                for engine, route in routes
+            ]
+            return [*changes, le.kernel(model, x)]
+
+    torch.testing.assert_close(looks("meta"), looks("cpu"))

@@ -99,8 +99,8 @@ class Contraction:
 
     def _probe(self, x: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        cotangents = torch.randn(len(x), 2, self.n_outputs, generator=generator, dtype=torch.float64)
-        weights = torch.randn(len(x), 2, generator=generator, dtype=torch.float64)
+        cotangents = torch.randn(len(x), 2, self.n_outputs, generator=generator, dtype=torch.float64, device="cpu")
+        weights = torch.randn(len(x), 2, generator=generator, dtype=torch.float64, device="cpu")
         cotangents, weights = cotangents.to(x.device), weights.to(x.device)
         self._examine(x, cotangents, weights)
         # An axis of positions may be as long as the batch, or share one with it: read those calls the other way.
@@ -183,7 +183,9 @@ class Contraction:
         if taken.signature == self._signature:
             return taken
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(len(x), cotangents.shape[1], generator=generator, dtype=torch.float64).to(x.device)
+        weights = torch.randn(len(x), cotangents.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(
+            x.device
+        )
         taken, reference = capture(self.model, self.parameters, x, cotangents, reading=self._reading, check=weights)
         reasons = dict(self.reasons)
         ways = self._judge(taken, reference, weights)
@@ -758,4 +760,6 @@ def contract(
 def _is_unit(cotangents: Tensor) -> bool:
     if cotangents.dim() != 3 or cotangents.shape[1] != cotangents.shape[2] or cotangents.stride(0) != 0:
         return False
-    return bool(torch.equal(cotangents[0], torch.eye(cotangents.shape[2]).to(cotangents)))
+    return bool(
+        torch.equal(cotangents[0], torch.eye(cotangents.shape[2], dtype=cotangents.dtype, device=cotangents.device))
+    )

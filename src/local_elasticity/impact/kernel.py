@@ -135,7 +135,9 @@ def kernel_diagonal(
             contraction = _prepared(subject, x, None)
             found = torch.zeros(len(x), dtype=parameters_dtype(model), device=x.device)
             for output in _chosen_outputs(form, contraction.n_outputs):
-                for some in torch.arange(len(x)).split(chunk_for(contraction, 1, len(x), WORKING_BYTES)):
+                for some in torch.arange(len(x), device=x.device).split(
+                    chunk_for(contraction, 1, len(x), WORKING_BYTES)
+                ):
                     part = x[some]
                     u = _cotangents([output], contraction, part)
                     own = found.new_zeros((1, 1, len(part)))

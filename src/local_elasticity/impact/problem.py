@@ -86,7 +86,7 @@ class Problem:
         self.inputs, self.labels, self.targets = inputs, labels, targets
         self.parameters = list(parameters.values())
         self._hooks = [len(p._backward_hooks or ()) for p in self.parameters]
-        self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool)
+        self.ignored: Bool[Tensor, " sources"] = torch.zeros(len(inputs), dtype=torch.bool, device="cpu")
         self.first_source = 0
         self._started, self.seconds_per_target = time.perf_counter(), 0.0
         self.independent = False

@@ -62,8 +62,10 @@ def measure_across_ranks(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     _check_same_weights(model, world, group)
     _check_same_call((inputs, labels, looked_at), f"{getattr(update, 'name', update)} {engine}", world, group)
-    share = torch.arange(len(inputs)).tensor_split(world)[rank]
-    mine = share if len(share) else torch.tensor([0])  # more ranks than sources: what is measured then is left out
+    share = torch.arange(len(inputs), device="cpu").tensor_split(world)[rank]
+    mine = (
+        share if len(share) else torch.tensor([0], device="cpu")
+    )  # more ranks than sources: what is measured then is left out
     place = mine.to(inputs.device)
 
     def measured() -> Impact:
