@@ -97,7 +97,7 @@ ODD_MODELS = [
     Case("weight norm", m.weight_norm, may_refuse=frozenset({CONTRACT, JVP}), why=NOT_CONTRACTED),
     Case("weight norm by hook", m.old_weight_norm, may_refuse=TRANSFORMS, why=MOVES),
     Case("spectral norm", m.spectral_norm, may_refuse=frozenset({CONTRACT}), why=NOT_CONTRACTED),
-    Case("spectral norm by hook", m.old_spectral_norm, may_refuse=TRANSFORMS, why=MOVES),
+    Case("spectral norm by hook", m.old_spectral_norm, may_refuse=TRANSFORMS | {"double"}, why=MOVES),
     Case("orthogonal weight", m.orthogonal, may_refuse=TRANSFORMS, why=NO_RULE),
     Case("pruned weight", m.pruned, may_refuse=TRANSFORMS, why=MOVES),
     Case(
