@@ -1,12 +1,7 @@
 import json
 import os
 import pickle
-import random
-import signal
-import subprocess
 import sys
-import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -23,8 +18,6 @@ TRACK = [
     "track", *SMALL, "--probes-per-class", "5", "--every", "2", "--epochs", "2", "--definition", "kl", "--seed", "3"
 ]  # fmt: skip
 MEASURE = ["measure", "--data", "digits", "--classes", "0", "1", "--network", NETWORK, "--per-class", "4"]
-TOTAL = 16  # updates: 60 images in batches of 8, two epochs
-LOOKS = list(range(1, TOTAL + 1, 2))
 
 
 def call(*arguments):
@@ -66,66 +59,6 @@ def run_folder(tmp_path, no_pictures):
     out = tmp_path / "run"
     assert call("track", *SMALL, "--probes-per-class", 2, "--every", 9, "--epochs", 1, "--out", out) == 0
     return out
-
-
-# -- killed --------------------------------------------------------------------------------------------------------
-
-
-def start(out, log):
-    command = [sys.executable, "-m", "local_elasticity.cli", *TRACK, "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-
-
-def kill_after(out, log, looks, delay):
-    """Steps announced before the process was killed."""
-    announced = []
-    with start(out, log) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("update "):
-                    announced.append(int(line.split()[1].rstrip(":")))
-                    if len(announced) == looks:
-                        time.sleep(delay)
-                        break
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-        # What was in the pipe when it died had been printed, so it was announced too.
-        announced += [int(line.split()[1].rstrip(":")) for line in process.stdout if line.startswith("update ")]
-    return announced
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_killed_run_keeps_what_it_announced_and_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    out, delays, announced = tmp_path / "killed", random.Random(8), []
-    with (tmp_path / "stderr").open("w+") as log:
-        for looks in (1, 2, 1):
-            announced += kill_after(out, log, looks, delays.uniform(0, 0.2))
-            stored = le.open_run(out).dataset
-            steps = stored["step"].values.tolist()
-            assert set(announced) <= set(steps)
-            assert steps == LOOKS[: len(steps)]
-            for name in ("before", "after", "mean", "train_loss", "test_accuracy"):
-                assert np.isfinite(stored[name].values).all(), name
-        log.seek(0)
-        assert "Traceback" not in log.read()
-    assert not bool(le.open_run(out).dataset.attrs["finished"])
-    assert call(*TRACK, "--out", out) == 0
-    found = le.open_run(out).dataset
-    assert found["step"].values.tolist() == LOOKS
-
-    # The route is chosen by the clock at the first look: the uninterrupted run takes the same.
-    ((route, chunk),) = json.loads(found.attrs["routes"]).values()
-    monkeypatch.setattr(le, "Tracker", partial(le.Tracker, route=route, chunk_size=chunk))
-    assert call(*TRACK, "--out", tmp_path / "whole") == 0
-    whole = le.open_run(tmp_path / "whole").dataset
-    assert set(found.variables) == set(whole.variables)
-    exact = found.attrs["threads"] == whole.attrs["threads"]
-    for name in set(map(str, whole.variables)) - {"seconds"}:
-        a, b = found[name].values, whole[name].values
-        if exact or a.dtype.kind != "f":
-            np.testing.assert_array_equal(a, b, err_msg=name)
-        else:
-            np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
 
 
 # -- tracking ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from local_elasticity.studies import STUDIES
 from local_elasticity.studies import dan2023_images as study
 from local_elasticity.studies.dan2023_tables import Series, tables_of
 
-TINY = study.Scale(per_class=6, batch_size=6, epochs=1, runs=2, probes_per_class=2, every=2, test_per_class=2)
+TINY = study.Scale(per_class=6, batch_size=6, epochs=1, runs=2, probes_per_class=2, every=3, test_per_class=2)
 
 
 def dying_task(folder):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.runs import ZarrStore, prepare_folder
+from local_elasticity.runs import prepare_folder
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
@@ -73,45 +73,6 @@ def test_a_run_opens_by_its_store_and_by_its_folder(tmp_path):
         same(le.open_run(path).dataset, run.dataset)
     assert "2 snapshots" in repr(run)
     assert {"python", "torch", "zarr"} <= set(json.loads(run.dataset.attrs["versions"]))
-
-
-@pytest.mark.parametrize("where", ["commit", "write"])
-@pytest.mark.parametrize("committed", [1, 2])
-def test_a_kill_while_writing_loses_nothing_that_was_announced(tmp_path, monkeypatch, where, committed):
-    store = tmp_path / "run.zarr"
-    model, tracker = tracked(store, range(committed))
-    announced = le.open_run(store).dataset.load()
-    assert announced.sizes["step"] == committed
-
-    def killed(*_):
-        raise Killed
-
-    written = []
-
-    def half(self, name, dims, values, index):
-        if len(written) == 6:
-            raise Killed
-        written.append(name)
-        return whole(self, name, dims, values, index)
-
-    whole = ZarrStore._write
-    with monkeypatch.context() as patch:
-        if where == "write":
-            patch.setattr(ZarrStore, "_write", half)
-        else:
-            patch.setattr(ZarrStore, "_commit", killed)
-        with pytest.raises(Killed):
-            look(model, tracker, [77])
-    same(le.open_run(store).dataset, announced)
-
-    model, tracker = tracked(store, resume=True)
-    assert tracker.resume_step == committed
-    same(le.open_run(store).dataset, announced)
-    look(model, tracker, range(committed, 3))
-    found = tracker.finish().dataset
-    _, expected = tracked(None, range(3))
-    same(found, expected.finish().dataset)
-    same(le.open_run(store).dataset, found)
 
 
 def test_a_kill_while_the_run_is_made_leaves_nothing_in_its_place(tmp_path, monkeypatch):

@@ -4,19 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic_runs import heavy, synthetic, with_gaps
 
 from local_elasticity.errors import InputError
 from local_elasticity.report import class_pair_curves, heat_map, intra_inter, save, write_all
 
 VARIANTS = {
-    "plain": lambda: synthetic(snapshots=12),
-    "replicas": lambda: synthetic(replicas=2, snapshots=6),
+    "plain": lambda: synthetic(snapshots=4),
+    "replicas": lambda: synthetic(replicas=2, snapshots=3),
     "two classes": lambda: synthetic(2, snapshots=4),
     "twelve classes": lambda: synthetic(12, snapshots=3),
     "one snapshot": lambda: synthetic(snapshots=1),
     "gaps": lambda: with_gaps(synthetic(snapshots=5)),
-    "heavy tails": lambda: heavy(synthetic(snapshots=8)),
+    "heavy tails": lambda: heavy(synthetic(snapshots=4)),
     "no interval": lambda: synthetic(snapshots=3).drop_vars(
         ["interval_low", "interval_high", "intra_low", "intra_high"]
     ),
@@ -25,11 +26,12 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_variant_is_written(make, tmp_path):
+def test_every_variant_is_drawn(make):
     dataset = make()
     for draw in (class_pair_curves, intra_inter, heat_map):
-        for path in save(draw(dataset), tmp_path, draw.__name__, dpi=60):
-            assert path.stat().st_size > 1000
+        figure = draw(dataset)
+        FigureCanvasAgg(figure).draw()
+        assert np.asarray(figure.canvas.buffer_rgba())[..., :3].std() > 5
 
 
 def lines(axis):
@@ -83,8 +85,6 @@ def test_intra_inter_draws_the_averages_and_the_scalars():
 
 @pytest.mark.parametrize("width", [3.3, 6.9])
 def test_legends_cover_no_data(width):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     dataset = synthetic(names=["airplane", "a longer class name", "ship"], snapshots=12)
     for draw in (intra_inter, class_pair_curves):
         figure = draw(dataset, width=width)

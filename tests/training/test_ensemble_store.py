@@ -1,10 +1,5 @@
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,13 +56,13 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_stopping_and_resuming_at_any_step_changes_no_bit(tmp_path, options):
     whole = train(**options)
-    for stop in (0, 1, 17, 40, STEPS):
+    for stop in (0, 17, STEPS):
         folder = tmp_path / str(stop)
         part = train(folder, stop_at=stop, **options)
         assert part.step == stop
         same_bits(train(folder, resume=True, **options), whole)
     folder = tmp_path / "often"
-    for stop in (3, 4, 29, STEPS):
+    for stop in (3, 29, STEPS):
         part = train(folder, stop_at=stop, resume=folder.exists(), **options)
     same_bits(part, whole)
 
@@ -104,52 +99,6 @@ def test_a_tracker_is_resumed_with_the_ensemble(tmp_path):
     assert rest.runs[2].dataset["step"].values.tolist() == [1, 16, 31, 46]
     for name in ("before", "after"):
         np.testing.assert_array_equal(rest.runs[2].dataset[name].values, whole.runs[2].dataset[name].values)
-
-
-KILLED = """
-import os, signal, sys
-import numpy as np, torch
-sys.path.insert(0, {tests!r})
-import test_ensemble_store as t
-from local_elasticity.training import ensemble, recording
-ensemble._CHECKPOINT_SECONDS = 0.0
-store, moment = sys.argv[1:]
-if moment == "between log and state":
-    save, count = torch.save, [0]
-    def dying(*arguments):
-        count[0] += 1
-        if count[0] == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(*arguments)
-    recording.torch.save = dying
-    t.train(store)
-else:
-    def die(step, ensemble):
-        if step == 37:
-            os.kill(os.getpid(), signal.SIGKILL)
-    t.train(store, callback=die, call=t.le.every(9))
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("moment", ["while training", "between log and state"])
-def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, moment):
-    here = Path(__file__).parent
-    source = Path(le.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(tests=str(here)), str(tmp_path / "run"), moment],
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    committed = json.loads((tmp_path / "run" / "progress.json").read_text())["step"]
-    assert 0 < committed < STEPS
-    whole = train()
-    seen = le.open_ensemble(tmp_path / "run")  # what had been announced is there before anything is resumed
-    np.testing.assert_array_equal(seen["logits"].values, whole.logits[:committed])
-    same_bits(train(tmp_path / "run", resume=True), whole)
 
 
 def test_the_folder_reads_as_a_dataset(tmp_path):
