@@ -80,8 +80,9 @@ def series_of(out, runs=1):
 
 def test_an_interrupted_study_continues_to_the_same_numbers(data, tmp_path, monkeypatch):
     write_cifar10(data)
+    rare = replace(TINY, every=3)
     tiny = replace(small("dan2023-cifar10"), report=lambda *_: 0)  # judged above
-    tiny.run_at(TINY, "small", tmp_path / "whole")
+    tiny.run_at(rare, "small", tmp_path / "whole")
     update, done = study.Session._update, []
 
     def dies(session, positions):
@@ -92,16 +93,16 @@ def test_an_interrupted_study_continues_to_the_same_numbers(data, tmp_path, monk
 
     monkeypatch.setattr(study.Session, "_update", dies)
     with pytest.raises(Killed):
-        tiny.run_at(TINY, "small", tmp_path / "broken")
+        tiny.run_at(rare, "small", tmp_path / "broken")
     monkeypatch.setattr(study.Session, "_update", update)
     # and once more between a snapshot and its control
     control = study._Run._measure_controls
     monkeypatch.setattr(study._Run, "_measure_controls", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        tiny.run_at(TINY, "small", tmp_path / "broken")
+        tiny.run_at(rare, "small", tmp_path / "broken")
     monkeypatch.setattr(study._Run, "_measure_controls", control)
     torch.manual_seed(999)
-    tiny.run_at(TINY, "small", tmp_path / "broken")
+    tiny.run_at(rare, "small", tmp_path / "broken")
     one, other = series_of(tmp_path / "whole"), series_of(tmp_path / "broken")
     for mine, theirs in zip(one.datasets, other.datasets, strict=True):
         np.testing.assert_array_equal(mine["after"].values, theirs["after"].values)
@@ -112,9 +113,9 @@ def test_an_interrupted_study_continues_to_the_same_numbers(data, tmp_path, monk
         assert mine
         assert all(np.array_equal(mine[k]["after"], theirs[k]["after"]) for k in mine)
     with pytest.raises(le.InputError, match="others for seed"):
-        replace(tiny, seed=5).run_at(TINY, "small", tmp_path / "broken")
+        replace(tiny, seed=5).run_at(rare, "small", tmp_path / "broken")
     # more runs may join, and those that are there stay as they are
-    tiny.run_at(replace(TINY, runs=2), "small", tmp_path / "broken")
+    tiny.run_at(replace(rare, runs=2), "small", tmp_path / "broken")
     assert len(list((tmp_path / "broken").glob("run-*/record.json"))) == 2
 
     # The slow twins of the tables, on the same run.
