@@ -35,7 +35,8 @@ Outputs = Literal["logits", "probabilities", "values"]
 Movement = Callable[..., Tensor]
 
 LIMIT_SIZE = 1e-6  # largest change of an output at which every definition is at its small-step limit
-_CHUNK_NUMBERS = 1 << 22  # float64 numbers held at once while the numerators are computed
+_CHUNK_NUMBERS = 1 << 17  # float64 numbers held at once while the numerators are computed: they stay in the cache
+_ACCELERATOR_NUMBERS = 1 << 22
 _ROW_SUM_TOLERANCE = 1e-3
 
 
@@ -295,7 +296,8 @@ def movements(
     source = (impact.source_before, impact.source_after, impact.source_change)
     denominators = _moved(rule, rule.denominator, source, impact.outputs) + eps
     numerators = denominators.new_empty((n_s, n_t))
-    step = max(1, _CHUNK_NUMBERS // max(1, n_t * k))
+    numbers = _CHUNK_NUMBERS if after.device.type == "cpu" else _ACCELERATOR_NUMBERS
+    step = max(1, numbers // max(1, n_t * k))
     for i in range(0, n_s, step):
         rows = slice(i, i + step)
         target = (before, after[rows], change[rows])

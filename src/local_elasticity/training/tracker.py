@@ -464,11 +464,11 @@ class Tracker:
         }
 
     def _tables_content(self, tables: Mapping[tuple[str, str], ClassTable]) -> Snapshot:
-        sets = [[tables[u, d].to_xarray() for d in self.definitions] for u in self.updates]
+        sets = [[tables[u, d].arrays() for d in self.definitions] for u in self.updates]
         content: Snapshot = {}
-        for name in sets[0][0].data_vars:
-            values = np.array([[one[name].values for one in row] for row in sets])
-            content[str(name)] = (PER_PAIR[: values.ndim], values)
+        for name in sets[0][0]:
+            values = np.array([[one[name] for one in row] for row in sets])
+            content[name] = (PER_PAIR[: values.ndim], values)
         return content
 
     def _class_means(self, before: Tensor) -> np.ndarray:
