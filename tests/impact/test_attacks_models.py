@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -319,6 +320,68 @@ def test_what_no_transform_can_follow(make_model: MakeModel) -> None:
             le.measure(
                 fresh(make_model), F.cross_entropy, samples(), update=le.SGD(lr=RATE), engine=engine, route=route
             )
+
+
+class RenamesItsFlag(Layer):
+    """The same value under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_first = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "is_first"):
+            del self.is_first
+            self.is_later = True
+            return self.layer(x)
+        return self.layer(x) * 3
+
+
+class Later(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 3
+
+
+class BecomesAnother(Layer):
+    """As lazy modules do after their first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__class__ = Later
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("make_model", [RenamesItsFlag, BecomesAnother])
+def test_a_module_that_is_another_after_the_first_call(make_model: MakeModel) -> None:
+    check_right(make_model, lambda model: (type(model), hasattr(model, "is_first")))
+
+
+class WritesToLarge(Layer):
+    """Scores by sample, in containers that are too large to be entered."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        large = {dict: dict.fromkeys(range(5000), 0.0), list: [0.0] * 5000, np.ndarray: np.zeros(200_000)}
+        self.scores: Any = large[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scores[4711] += 1.0
+        return self.layer(x) * self.scores[4711]
+
+
+@pytest.mark.parametrize("kind", [dict, list, np.ndarray])
+def test_large_containers_are_put_back_too(kind: type) -> None:
+    check_right(lambda: WritesToLarge(kind), lambda model: model.scores[4711])
+
+
+def test_large_containers_that_are_written_late_are_put_back_at_the_end() -> None:
+    class WritesForOneSample(WritesToLarge):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 1 and bool((x == last).all()):
+                self.scores[17] = 1.0
+            return self.layer(x)
+
+    last = samples()[0][-1]
+    check_right(lambda: WritesForOneSample(list), lambda model: model.scores[17])
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ class Subject:
 
     def _put_back_places(self) -> None:
         for place in self.reach.places:
-            place.saved = place.original
+            place.settle()
             if place.moved():
                 place.restore()
         for place in self._exchanged:
