@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import local_elasticity as le
+from local_elasticity.impact.reach import MOST_FIXED_ITEMS, MOST_ITEMS, Reach, substituted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RATE = 0.05
@@ -382,6 +383,15 @@ def test_large_containers_that_are_written_late_are_put_back_at_the_end() -> Non
 
     last = samples()[0][-1]
     check_right(lambda: WritesForOneSample(list), lambda model: model.scores[17])
+
+
+def test_walks_over_large_trees_of_tuples_end() -> None:
+    tree = tuple((i, tuple((i, j) for j in range(900))) for i in range(900))
+    reach = Reach(lambda: tree)
+    assert reach.is_cut
+    assert len(reach.held) < 2 * MOST_FIXED_ITEMS
+    many = tuple(range(MOST_ITEMS + 1))
+    assert substituted(many, lambda value: None) is many
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

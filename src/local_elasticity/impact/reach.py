@@ -31,6 +31,7 @@ from local_elasticity.errors import InputError
 
 MOST_ITEMS = 1000  # a container with more is not entered
 MOST_PLACES = 2000  # beside those of modules
+MOST_FIXED_ITEMS = 10**5  # of all tuples and frozensets together
 MOST_ARRAY_BYTES = 2**20  # a larger array is compared at times only, as is a container that is not entered
 MOST_WATCHED_ITEMS, MOST_WATCHED_BYTES = 10**6, 2**26  # more is not watched at all
 FULL_COMPARISONS = 4
@@ -585,7 +586,7 @@ class Reach:
         self.iterators: list[str] = []
         self.held: dict[int, Any] = {}
         self.is_cut = False
-        self._free_places = MOST_PLACES
+        self._free_places, self._free_items = MOST_PLACES, MOST_FIXED_ITEMS
         self._is_foreign = False  # inside an installed package's object
         self._hooks: list[dict[Any, Any]] = []
         self._attributes: list[dict[str, Any]] = []
@@ -717,7 +718,8 @@ class Reach:
             self._enter_optimizer(value)
             return
         if isinstance(value, tuple | frozenset | types.MappingProxyType):
-            if len(value) > MOST_ITEMS:
+            self._free_items -= len(value)
+            if len(value) > MOST_ITEMS or self._free_items < 0:
                 self.is_cut = True
             else:
                 self._put(value.values() if isinstance(value, types.MappingProxyType) else value)
@@ -797,7 +799,11 @@ def substituted(value: Any, exchange: Callable[[Any], Any]) -> Any:
     """A tensor exchanged for another, also inside tuples; anything else as it is."""
     if isinstance(value, Tensor):
         return exchange(value)
-    if isinstance(value, tuple) and any(isinstance(part, Tensor | tuple) for part in value):
+    if (
+        isinstance(value, tuple)
+        and len(value) <= MOST_ITEMS
+        and any(isinstance(part, Tensor | tuple) for part in value)
+    ):
         parts = [substituted(part, exchange) for part in value]
         if all(map(is_, parts, value)):
             return value
