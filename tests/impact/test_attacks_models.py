@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 import local_elasticity as le
 from local_elasticity.impact.reach import MOST_FIXED_ITEMS, MOST_ITEMS, Reach, substituted
@@ -528,3 +529,44 @@ def test_a_default_device_that_is_not_the_models() -> None:
             return [*changes, le.kernel(model, x)]
 
     torch.testing.assert_close(looks("meta"), looks("cpu"))
+
+
+# -- kinds of tensors -------------------------------------------------------------------------------------------------
+
+
+class Wrapped(Tensor):
+    """A tensor around another, as quantised and sharded weights are."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inside = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*tree_map(lambda x: x.inside if isinstance(x, Wrapped) else x, args), **(kwargs or {}))
+        return Wrapped(result) if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) else result
+
+
+class HoldsWrapped(Layer):
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.layer.double()
+        self.turn = nn.Parameter(Wrapped(torch.eye(4, dtype=torch.float64)), requires_grad=trained)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x @ self.turn)
+
+
+def test_trained_weights_that_wrap_others_are_refused() -> None:
+    frozen = measured(fresh(lambda: HoldsWrapped(False)))
+    torch.testing.assert_close(frozen.change, real_changes(KeepsHidden), rtol=1e-6, atol=1e-12)
+    with pytest.raises(le.InputError, match="Wrapped"):
+        measured(fresh(lambda: HoldsWrapped(True)))
