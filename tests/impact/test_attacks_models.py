@@ -478,6 +478,31 @@ def test_a_quasirandom_sequence() -> None:
     check_right(DrawsSobol, lambda model: model.engine.num_generated)
 
 
+class DrawsBits(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits = np.random.PCG64(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * np.random.Generator(self.bits).random()
+
+
+class ScalesLoss(Layer):
+    """A scaler of losses makes its scale at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaler.scale(self.layer(x))
+
+
+def test_a_bit_generator_and_a_scaler() -> None:
+    check_right(DrawsBits, lambda model: str(model.bits.state))
+    check_right(ScalesLoss, lambda model: model.scaler._scale)
+
+
 class CountsInScript(Layer):
     calls: int
     seen: list[Tensor]

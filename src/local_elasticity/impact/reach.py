@@ -44,7 +44,7 @@ _RECORDS = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, queue.Queue,
     threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, collections.ChainMap,
     torch.optim.lr_scheduler.LRScheduler, torch.distributions.Distribution, torch.distributions.Transform,
-    torch.quasirandom.SobolEngine,
+    torch.quasirandom.SobolEngine, torch.amp.GradScaler,
 )  # fmt: skip
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
@@ -489,6 +489,19 @@ class _TorchGenerator(_Array):
         self.holder.set_state(content)
 
 
+class _NumpyBits(_Array):
+    kind = "generator"
+
+    def read(self) -> Any:
+        return self.holder.state
+
+    def moved(self) -> bool:
+        return _plain(self.read()) != _plain(self.saved)
+
+    def write(self, content: Any) -> None:
+        self.holder.state = content
+
+
 class _NumpyGenerator(_Array):
     kind = "generator"
 
@@ -779,6 +792,8 @@ class Reach:
             return None if value in _global_generators() else _TorchGenerator(value)
         if isinstance(value, np.random.Generator):
             return _NumpyGenerator(value)
+        if isinstance(value, np.random.BitGenerator):
+            return _NumpyBits(value)
         if isinstance(value, np.random.RandomState):
             return None if value is cast(Any, np.random.mtrand)._rand else _NumpyRandomState(value)
         if isinstance(value, random.Random):
