@@ -7,12 +7,15 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 import local_elasticity as le
+from local_elasticity.impact.reach import MOST_FIXED_ITEMS, MOST_ITEMS, Reach, substituted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RATE = 0.05
@@ -115,16 +118,32 @@ class HoldsRows(Layer):
 
 
 @pytest.mark.parametrize("with_graph", [False, True])
-@pytest.mark.parametrize(("own", "settings"), [(torch.float32, {"dtype": torch.float64}), (torch.bfloat16, {})])
-def test_views_of_weights_that_are_to_be_converted_are_refused(with_graph: bool, own: Any, settings: Any) -> None:
-    torch.set_default_dtype(own)
-    try:
-        model = HoldsRows(with_graph)
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_views_of_weights_that_are_to_be_converted(with_graph: bool) -> None:
     x, y = samples()
-    with pytest.raises(le.InputError, match="a view of a weight"):
-        le.measure(model, F.cross_entropy, (x.to(own), y), update=le.SGD(lr=RATE), **settings)
+    settings: dict[str, Any] = {"update": le.SGD(lr=RATE), "engine": "replay"}
+
+    def look(model: nn.Module, x: Tensor, **more: Any) -> le.Impact:
+        return le.measure(model, F.cross_entropy, (x, y), **settings, **more)
+
+    torch.manual_seed(7)
+    narrow = HoldsRows(with_graph)
+    if with_graph:
+        with pytest.raises(le.InputError, match="a graph from before the look"):
+            look(narrow, x.float(), dtype=torch.float64)
+        return
+    wide = HoldsRows(with_graph).double()
+    wide.load_state_dict(narrow.state_dict())
+    wide.rows = wide.layer.weight.data[:2]
+    got, want = look(narrow, x.float(), dtype=torch.float64), look(wide, x.float().double())
+    torch.testing.assert_close(got.change, want.change)
+
+
+def test_weights_that_are_parts_of_what_is_to_be_converted_are_refused() -> None:
+    torch.manual_seed(7)
+    model = PartsOfOneBuffer()
+    x, y = samples()
+    with pytest.raises(le.InputError, match="holds the memory of a weight and more"):
+        le.measure(model, F.cross_entropy, (x, y), update=le.SGD(lr=RATE), dtype=torch.float32)
 
 
 class HoldsSum(Layer):
@@ -321,6 +340,77 @@ def test_what_no_transform_can_follow(make_model: MakeModel) -> None:
             )
 
 
+class RenamesItsFlag(Layer):
+    """The same value under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_first = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "is_first"):
+            del self.is_first
+            self.is_later = True
+            return self.layer(x)
+        return self.layer(x) * 3
+
+
+class Later(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 3
+
+
+class BecomesAnother(Layer):
+    """As lazy modules do after their first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__class__ = Later
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("make_model", [RenamesItsFlag, BecomesAnother])
+def test_a_module_that_is_another_after_the_first_call(make_model: MakeModel) -> None:
+    check_right(make_model, lambda model: (type(model), hasattr(model, "is_first")))
+
+
+class WritesToLarge(Layer):
+    """Scores by sample, in containers that are too large to be entered."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        large = {dict: dict.fromkeys(range(5000), 0.0), list: [0.0] * 5000, np.ndarray: np.zeros(200_000)}
+        self.scores: Any = large[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scores[4711] += 1.0
+        return self.layer(x) * self.scores[4711]
+
+
+@pytest.mark.parametrize("kind", [dict, list, np.ndarray])
+def test_large_containers_are_put_back_too(kind: type) -> None:
+    check_right(lambda: WritesToLarge(kind), lambda model: model.scores[4711])
+
+
+def test_large_containers_that_are_written_late_are_put_back_at_the_end() -> None:
+    class WritesForOneSample(WritesToLarge):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 1 and bool((x == last).all()):
+                self.scores[17] = 1.0
+            return self.layer(x)
+
+    last = samples()[0][-1]
+    check_right(lambda: WritesForOneSample(list), lambda model: model.scores[17])
+
+
+def test_walks_over_large_trees_of_tuples_end() -> None:
+    tree = tuple((i, tuple((i, j) for j in range(900))) for i in range(900))
+    reach = Reach(lambda: tree)
+    assert reach.is_cut
+    assert len(reach.held) < 2 * MOST_FIXED_ITEMS
+    many = tuple(range(MOST_ITEMS + 1))
+    assert substituted(many, lambda value: None) is many
+
+
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +476,31 @@ class DrawsSobol(Layer):
 
 def test_a_quasirandom_sequence() -> None:
     check_right(DrawsSobol, lambda model: model.engine.num_generated)
+
+
+class DrawsBits(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits = np.random.PCG64(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * np.random.Generator(self.bits).random()
+
+
+class ScalesLoss(Layer):
+    """A scaler of losses makes its scale at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaler.scale(self.layer(x))
+
+
+def test_a_bit_generator_and_a_scaler() -> None:
+    check_right(DrawsBits, lambda model: str(model.bits.state))
+    check_right(ScalesLoss, lambda model: model.scaler._scale)
 
 
 class CountsInScript(Layer):
@@ -455,3 +570,44 @@ def test_a_default_device_that_is_not_the_models() -> None:
             return [*changes, le.kernel(model, x)]
 
     torch.testing.assert_close(looks("meta"), looks("cpu"))
+
+
+# -- kinds of tensors -------------------------------------------------------------------------------------------------
+
+
+class Wrapped(Tensor):
+    """A tensor around another, as quantised and sharded weights are."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inside = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*tree_map(lambda x: x.inside if isinstance(x, Wrapped) else x, args), **(kwargs or {}))
+        return Wrapped(result) if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) else result
+
+
+class HoldsWrapped(Layer):
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.layer.double()
+        self.turn = nn.Parameter(Wrapped(torch.eye(4, dtype=torch.float64)), requires_grad=trained)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x @ self.turn)
+
+
+def test_trained_weights_that_wrap_others_are_refused() -> None:
+    frozen = measured(fresh(lambda: HoldsWrapped(False)))
+    torch.testing.assert_close(frozen.change, real_changes(KeepsHidden), rtol=1e-6, atol=1e-12)
+    with pytest.raises(le.InputError, match="Wrapped"):
+        measured(fresh(lambda: HoldsWrapped(True)))

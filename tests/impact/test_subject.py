@@ -298,4 +298,4 @@ def test_the_check_of_a_call_costs_a_few_sources(n):
     assert 2 * n <= PASSES[0] <= 2 * n + 12
 
 
-PASSES = np.zeros(2**18, dtype=np.int64)  # too large to be watched, so it counts what a look does
+PASSES = np.zeros(2**24, dtype=np.int64)  # too large to be watched, so it counts what a look does

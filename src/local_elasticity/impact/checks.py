@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,13 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             expected="gradients that go to the optimiser as they come",
             got=f"a hook on the stored gradient of {name!r}, which acts outside of the measurement",
             do="remove it (register_post_accumulate_grad_hook) while measuring, or use register_hook",
+        )
+    dispatch: Any = getattr(type(parameter), "__torch_dispatch__", None)
+    if parameter.layout is not torch.strided or dispatch is not torch._C._disabled_torch_dispatch_impl:
+        raise InputError(
+            expected="trainable weights that are dense tensors, whose memory a step can exchange",
+            got=f"{name!r} of the kind {type(parameter).__name__}, {parameter.layout}",
+            do="make it a dense torch.nn.Parameter, or freeze it (requires_grad_(False))",
         )
     if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
         raise InputError(

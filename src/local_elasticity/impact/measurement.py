@@ -180,7 +180,9 @@ def measure(
     if only_narrow:
         plan.notes.append("weights of 16 bits are measured on float32 copies (dtype='as_is' measures them as they are)")
     if subject.reach.is_cut:
-        plan.notes.append("some state is too large to be watched: containers of over 1,000 items, arrays of over 1 MiB")
+        plan.notes.append(
+            "some state is too large to be watched: what containers of over 1,000 items hold, arrays of over 64 MiB"
+        )
     plan.peak_bytes = meter.rise
     plan.measured_seconds = time.perf_counter() - started
     impact = Impact(

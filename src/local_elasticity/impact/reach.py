@@ -31,7 +31,10 @@ from local_elasticity.errors import InputError
 
 MOST_ITEMS = 1000  # a container with more is not entered
 MOST_PLACES = 2000  # beside those of modules
-MOST_ARRAY_BYTES = 2**20
+MOST_FIXED_ITEMS = 10**5  # of all tuples and frozensets together
+MOST_ARRAY_BYTES = 2**20  # a larger array is compared at times only, as is a container that is not entered
+MOST_WATCHED_ITEMS, MOST_WATCHED_BYTES = 10**6, 2**26  # more is not watched at all
+FULL_COMPARISONS = 4
 
 _PLAIN = (
     int, float, complex, str, bytes, bool, type(None), range, slice, torch.dtype, torch.device, torch.Size,
@@ -41,7 +44,7 @@ _RECORDS = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, queue.Queue,
     threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, collections.ChainMap,
     torch.optim.lr_scheduler.LRScheduler, torch.distributions.Distribution, torch.distributions.Transform,
-    torch.quasirandom.SobolEngine,
+    torch.quasirandom.SobolEngine, torch.amp.GradScaler,
 )  # fmt: skip
 _LIBRARIES = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "torchgen", "functorch"}) - {"__main__"}
 _INSTALLED = tuple(
@@ -74,6 +77,10 @@ class Place(ABC):
         """Whether the holder holds something else than what was saved."""
         now = self.read()
         return len(now) != len(self.saved) or not all(map(is_, now, self.saved))
+
+    def settle(self) -> None:
+        """Let what was here at first be what `restore` puts back; at the end."""
+        self.saved = self.original
 
     def refusal(self) -> InputError | None:
         """Why what has moved cannot be put back; None where it can."""
@@ -122,56 +129,66 @@ class _Dict(Place):
         return None if all(map(is_, self.holder.values(), other.values())) else other
 
 
-class _ModuleDict(_Dict):
-    """A dict of a module: its keys are compared by number alone."""
-
-    def moved(self) -> bool:
-        saved, holder = self.saved, self.holder
-        return len(holder) != len(saved) or not all(map(is_, holder.values(), saved.values()))
-
-
-class _Hooks(Place):
-    """The hooks of a module's passes; those that a look has set itself are let be."""
-
-    def __init__(self, holder: dict[str, Any]) -> None:
-        self.names = [name for name in holder if name.startswith(("_forward", "_backward")) and "hooks" in name]
-        super().__init__(holder)
+class _Dicts(Place):
+    """Many dicts that are mostly empty: attributes of tensors, hooks of modules; a look's own hooks are let be."""
 
     def read(self) -> dict[Any, Any]:
-        holder = self.holder
         return {
-            (name, key): hook
-            for name in self.names
-            if holder[name]
-            for key, hook in holder[name].items()
-            if _root(getattr(hook, "__module__", "")) != _OWN_NAME
+            (position, key): value
+            for position, each in enumerate(self.holder)
+            if each
+            for key, value in each.items()
+            if not _is_own(value)
         }
 
     def moved(self) -> bool:
+        if not self.saved and not any(self.holder):
+            return False
         now = self.read()
-        return now.keys() != self.saved.keys() or not all(map(is_, now.values(), self.saved.values()))
+        return now.keys() != self.saved.keys() or not all(value is self.saved[name] for name, value in now.items())
 
     def write(self, content: dict[Any, Any]) -> None:
-        for name, key in self.read().keys() - content.keys():
-            del self.holder[name][key]
-        for (name, key), hook in content.items():
-            self.holder[name][key] = hook
+        for position in {position for position, _ in [*self.read(), *content]}:
+            each = self.holder[position]
+            own = {key: value for key, value in each.items() if _is_own(value)}
+            each.clear()
+            each.update({key: value for (place, key), value in content.items() if place == position} | own)
 
     def values(self) -> Iterable[Any]:
         return list(self.read().values())
 
     def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        now = self.read()
+        other = {name: exchange(value) for name, value in now.items()}
+        return None if all(map(is_, now.values(), other.values())) else other
+
+
+class _Kinds(Place):
+    """The classes of all modules."""
+
+    def read(self) -> list[type]:
+        return list(map(type, self.holder))
+
+    def write(self, content: list[type]) -> None:
+        for module, kind in zip(self.holder, content, strict=True):
+            if type(module) is not kind:
+                module.__class__ = kind
+
+    def values(self) -> Iterable[Any]:
+        return ()
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
         return None
 
 
-class _ModuleState(_ModuleDict):
+class _ModuleState(_Dict):
     """A module's ``__dict__``; its dicts have places of their own."""
 
     def values(self) -> Iterable[Any]:
         return [value for name, value in self.holder.items() if name not in _MODULE_INTERNALS]
 
 
-class _Buffers(_ModuleDict):
+class _Buffers(_Dict):
     kind = "buffer"
 
 
@@ -221,6 +238,43 @@ class _Length(Place):
         elif isinstance(self.holder, dict):
             while len(self.holder) > content:
                 self.holder.popitem()
+
+
+class _Seldom:
+    """Of a large place: it is compared a few times, then only where it has moved by then, and at the end."""
+
+    comparisons_left = FULL_COMPARISONS
+
+    def moved(self) -> bool:
+        place: Any = super()
+        if self.comparisons_left <= 0:
+            return False
+        has_moved = place.moved()
+        self.comparisons_left = FULL_COMPARISONS if has_moved else self.comparisons_left - 1
+        return has_moved
+
+    def settle(self) -> None:
+        place: Any = super()
+        place.settle()
+        self.comparisons_left = FULL_COMPARISONS
+
+    def values(self) -> Iterable[Any]:
+        return ()
+
+    def replaced(self, exchange: Callable[[Any], Any]) -> Any:
+        return None
+
+
+class _LargeDict(_Seldom, _Dict):
+    pass
+
+
+class _LargeList(_Seldom, _List):
+    pass
+
+
+class _LargeSet(_Seldom, _Set):
+    pass
 
 
 class _Cell(Place):
@@ -398,7 +452,7 @@ class _Array(Place):
     def moved(self) -> bool:
         if isinstance(self.holder, bytearray | array.array):
             return self.holder != self.saved
-        return self.holder.shape != self.saved.shape or self.holder.tobytes() != self.saved.tobytes()
+        return self.holder.shape != self.saved.shape or not _same_bytes(self.holder, self.saved)
 
     def write(self, content: Any) -> None:
         self.holder[...] = content
@@ -408,6 +462,10 @@ class _Array(Place):
 
     def replaced(self, exchange: Callable[[Any], Any]) -> Any:
         return None
+
+
+class _LargeArray(_Seldom, _Array):
+    pass
 
 
 class _Bytes(_Array):
@@ -429,6 +487,19 @@ class _TorchGenerator(_Array):
 
     def write(self, content: Any) -> None:
         self.holder.set_state(content)
+
+
+class _NumpyBits(_Array):
+    kind = "generator"
+
+    def read(self) -> Any:
+        return self.holder.state
+
+    def moved(self) -> bool:
+        return _plain(self.read()) != _plain(self.saved)
+
+    def write(self, content: Any) -> None:
+        self.holder.state = content
 
 
 class _NumpyGenerator(_Array):
@@ -468,6 +539,12 @@ class _PythonRandom(_Array):
 
     def write(self, content: Any) -> None:
         self.holder.setstate(content)
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.flags.c_contiguous and other.flags.c_contiguous and one.nbytes > MOST_ARRAY_BYTES:
+        return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+    return one.tobytes() == other.tobytes()
 
 
 def _attributes_of(module: Any) -> list[str]:
@@ -522,13 +599,19 @@ class Reach:
         self.iterators: list[str] = []
         self.held: dict[int, Any] = {}
         self.is_cut = False
-        self._free_places = MOST_PLACES
+        self._free_places, self._free_items = MOST_PLACES, MOST_FIXED_ITEMS
         self._is_foreign = False  # inside an installed package's object
+        self._hooks: list[dict[Any, Any]] = []
+        self._attributes: list[dict[str, Any]] = []
         self._queue: list[tuple[Any, bool]] = []
         self._put(roots)
         while self._queue:
             value, self._is_foreign = self._queue.pop()
             self._enter(value)
+        self.places += [place(each) for place, each in self._common_places() if each]
+
+    def _common_places(self) -> list[tuple[type[Place], list[Any]]]:
+        return [(_Kinds, self.modules), (_Dicts, self._hooks), (_Dicts, self._attributes)]
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -567,8 +650,8 @@ class Reach:
 
     def _enter_tensor(self, value: Tensor) -> None:
         self.tensors.append(value)
-        self._add(_Dict(value.__dict__), of_module=True)
-        self.held[id(value.__dict__)] = value.__dict__
+        self._attributes.append(value.__dict__)
+        self._put(value.__dict__.values())
         for hooks in (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None)):
             self._put(hooks.values() if hooks else ())
 
@@ -581,11 +664,11 @@ class Reach:
         state = module.__dict__
         self._add(_ModuleState(state), of_module=True)
         for name in ("_parameters", "_modules"):
-            self._add(_ModuleDict(state[name]), of_module=True)
+            self._add(_Dict(state[name]), of_module=True)
             self.held[id(state[name])] = state[name]
         self._add(_Buffers(state["_buffers"]), of_module=True)
         self.held[id(state["_buffers"])] = state["_buffers"]
-        self._add(_Hooks(state), of_module=True)
+        self._hooks += [state[name] for name in state if name.startswith(("_forward", "_backward")) and "hooks" in name]
         self._put(hook for name, hooks in state.items() if name.endswith("hooks") for hook in hooks.values())
         self._add_slots(module, of_module=True)
         self._put([type(module)])
@@ -639,7 +722,7 @@ class Reach:
         place = self._place_for(value)
         if place is not None:
             self._add(place)
-            if isinstance(value, dict) and not isinstance(place, _Length):
+            if isinstance(value, dict) and not isinstance(place, _Length | _Seldom):
                 self._put(value)
             if _root(type(value).__module__) not in _LIBRARIES:  # a user's kind of list or dict
                 self._enter_instance(value, type(value))
@@ -648,7 +731,8 @@ class Reach:
             self._enter_optimizer(value)
             return
         if isinstance(value, tuple | frozenset | types.MappingProxyType):
-            if len(value) > MOST_ITEMS:
+            self._free_items -= len(value)
+            if len(value) > MOST_ITEMS or self._free_items < 0:
                 self.is_cut = True
             else:
                 self._put(value.values() if isinstance(value, types.MappingProxyType) else value)
@@ -687,7 +771,10 @@ class Reach:
         if isinstance(value, dict | list | set | collections.deque | bytearray | array.array):
             if len(value) > MOST_ITEMS:
                 self.is_cut = True
-                return _Length(value)
+                if len(value) > MOST_WATCHED_ITEMS or isinstance(value, bytearray | array.array):
+                    return _Length(value)
+                large = (_LargeDict, _LargeSet, _LargeList)
+                return large[0 if isinstance(value, dict) else 1 if isinstance(value, set) else 2](value)
             if isinstance(value, bytearray | array.array):
                 return _Bytes(value)
             return (_Dict if isinstance(value, dict) else _Set if isinstance(value, set) else _List)(value)
@@ -695,14 +782,18 @@ class Reach:
             self.arrays.append(value)
             if value.dtype.hasobject or not value.flags.writeable:
                 return None
-            if value.nbytes > MOST_ARRAY_BYTES:
+            if value.nbytes > MOST_WATCHED_BYTES:
                 self.is_cut = True
                 return None
+            if value.nbytes > MOST_ARRAY_BYTES:
+                return _LargeArray(value)
             return _Array(value)
         if isinstance(value, torch.Generator):
             return None if value in _global_generators() else _TorchGenerator(value)
         if isinstance(value, np.random.Generator):
             return _NumpyGenerator(value)
+        if isinstance(value, np.random.BitGenerator):
+            return _NumpyBits(value)
         if isinstance(value, np.random.RandomState):
             return None if value is cast(Any, np.random.mtrand)._rand else _NumpyRandomState(value)
         if isinstance(value, random.Random):
@@ -723,7 +814,11 @@ def substituted(value: Any, exchange: Callable[[Any], Any]) -> Any:
     """A tensor exchanged for another, also inside tuples; anything else as it is."""
     if isinstance(value, Tensor):
         return exchange(value)
-    if isinstance(value, tuple) and any(isinstance(part, Tensor | tuple) for part in value):
+    if (
+        isinstance(value, tuple)
+        and len(value) <= MOST_ITEMS
+        and any(isinstance(part, Tensor | tuple) for part in value)
+    ):
         parts = [substituted(part, exchange) for part in value]
         if all(map(is_, parts, value)):
             return value
@@ -755,6 +850,10 @@ _OWN_NAME = _root(__name__)
 
 def _is_library(function: types.FunctionType) -> bool:
     return _root(function.__module__) in _LIBRARIES or _is_installed(function.__code__.co_filename)
+
+
+def _is_own(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and _root(value.__module__) == _OWN_NAME
 
 
 def _function(value: Any) -> types.FunctionType | None:

@@ -211,6 +211,24 @@ def overlapping(tensors: Iterable[Tensor]) -> set[int]:
     return found
 
 
+def share_memory(x: Tensor, other: Tensor) -> bool:
+    """Whether some memory is both tensors'."""
+    if not (_can_stand_in(x) and _can_stand_in(other)):
+        return False
+    if x.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    (start, stop), (first, last) = _extent(x), _extent(other)
+    return start < last and first < stop
+
+
+def same_part(x: Tensor, whole: Tensor, other: Tensor) -> Tensor | None:
+    """The part of ``other`` that ``x`` is of ``whole``; None where it is no part, or the two are laid out otherwise."""
+    (start, stop), (first, last) = _extent(x), _extent(whole)
+    if start < first or stop > last or x.dtype != whole.dtype or other.stride() != whole.stride():
+        return None
+    return other.detach().as_strided(x.size(), x.stride(), x.storage_offset() - whole.storage_offset())
+
+
 def _can_stand_in(x: Tensor) -> bool:
     if x.layout is not torch.strided or x.device.type == "meta" or x.is_quantized or x.is_nested:
         return False

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from local_elasticity.errors import InputError
 from local_elasticity.impact.arithmetic import exact_float32
 from local_elasticity.impact.reach import Place, Reach, substituted
-from local_elasticity.impact.shadows import Shadows, overlapping, private
+from local_elasticity.impact.shadows import Shadows, overlapping, private, same_part, share_memory
 from local_elasticity.impact.streams import (
     Draws,
     in_main_thread,
@@ -158,14 +158,8 @@ class Subject:
 
     def _convert(self, dtype: torch.dtype) -> None:
         """Exchange every floating tensor for one of another dtype, wherever it is held."""
-        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if trained & overlapping(self.reach.tensors):
-            raise InputError(
-                expected="weights whose memory no other tensor shares, for dtype= and for weights of 16 bits",
-                got="a view of a weight, or its .data, that the model or the loss holds",
-                do="hold the weight itself, or convert the model yourself (and dtype='as_is' for weights of 16 bits)",
-            )
         others: dict[int, Tensor] = {id(t): self._other(t, dtype) for t in self.reach.tensors}
+        self._share_again(others)
         self._originals = {id(other): t for t in self.reach.tensors if (other := others[id(t)]) is not t}
         self._exchanged = self._exchange(lambda t: others.get(id(t), t))
         self._converted = list({id(t): t for t in others.values()}.values())
@@ -184,6 +178,25 @@ class Subject:
             return other
         self.cut.append(other.requires_grad_())
         return other.clone()
+
+    def _share_again(self, others: dict[int, Tensor]) -> None:
+        """Let what shares the memory of a weight share that of the converted one."""
+        shared = overlapping(self.reach.tensors)
+        weights = {id(p): p for p in self.model.parameters() if p.requires_grad and id(p) in shared}
+        for x in self.reach.tensors if weights else ():
+            weight = next((p for p in weights.values() if p is not x and share_memory(x, p)), None)
+            if weight is None or id(x) in weights or others[id(weight)] is weight:
+                continue
+            part = same_part(x, weight, others[id(weight)])
+            if part is None:
+                raise InputError(
+                    expected="weights whose memory is not part of another tensor's, for dtype= and weights of 16 bits",
+                    got=f"a tensor of shape {tuple(x.shape)} that holds the memory of a weight and more",
+                    do="convert the model yourself (and say dtype='as_is' for weights of 16 bits)",
+                )
+            others[id(x)] = _of_the_kind_of(x, part)
+            if x.requires_grad and not x.is_leaf:
+                self.cut.append(part.requires_grad_())
 
     def _exchange(self, exchange: Callable[[Tensor], Tensor]) -> list[Place]:
         """Exchange tensors in all places; returns those that hold other ones now."""
@@ -214,7 +227,7 @@ class Subject:
 
     def _put_back_places(self) -> None:
         for place in self.reach.places:
-            place.saved = place.original
+            place.settle()
             if place.moved():
                 place.restore()
         for place in self._exchanged:
@@ -453,12 +466,18 @@ def _converted(x: Tensor, dtype: torch.dtype, only_narrow: bool) -> Tensor:
         other = nn.Parameter(other, x.requires_grad)
     else:
         other.requires_grad_(x.requires_grad and x.is_leaf)
-    if type(other) is not type(x):
-        other.__class__ = type(x)
-    other.__dict__ = x.__dict__  # attributes that the user has set, and what is done to them
+    _of_the_kind_of(x, other)
     if x._backward_hooks:
         for hook in x._backward_hooks.values():
             other.register_hook(hook)
+    return other
+
+
+def _of_the_kind_of(x: Tensor, other: Tensor) -> Tensor:
+    """The other tensor, with the class of ``x`` and the very attributes that the user has set on it."""
+    if type(other) is not type(x):
+        other.__class__ = type(x)
+    other.__dict__ = x.__dict__
     return other
 
 
