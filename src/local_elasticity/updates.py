@@ -931,3 +931,29 @@ def parse_update(text: str, optimizer: torch.optim.Optimizer | None = None) -> t
             expected=f"a learning rate after '{kind}:'", got=repr(rate), do=f"write for example {kind}:1e-4"
         ) from None
     return label or update.name, update
+
+
+def parse_updates(texts: Sequence[str], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Update]:
+    """Read several updates, see ``parse_update``.
+
+    Args:
+        texts: what was written.
+        optimizer: the one that ``optimizer`` stands for, where something trains.
+
+    Returns:
+        Name -> update.
+
+    Raises:
+        InputError: as ``parse_update``, and for a name that comes twice.
+    """
+    updates: dict[str, Update] = {}
+    for text in texts:
+        name, update = parse_update(text, optimizer)
+        if name in updates:
+            raise InputError(
+                expected="updates of different names",
+                got=f"{name!r} twice, by {text!r} the second time",
+                do=f"leave one out, or name it: other={text.rpartition('=')[2]}",
+            )
+        updates[name] = update
+    return updates

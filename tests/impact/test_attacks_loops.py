@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import local_elasticity as le
+from local_elasticity.cli import main
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import DEFINITIONS
 from local_elasticity.training.schedule import Moment, Schedule
+from local_elasticity.updates import parse_updates
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -232,3 +234,33 @@ def test_a_label_that_one_term_ignores_moves_what_the_others_say(term: str, engi
     change = le.measure(model, loss, (x, y), update=le.SGD(lr=rate), engine=engine).change
     close = {"rtol": 1e-3, "atol": 1e-10} if engine == "linear" else {"rtol": 1e-6, "atol": 1e-12}
     torch.testing.assert_close(change, torch.stack(real), **close)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts", [["sgd:0.1", "sgd:0.10"], ["x=sgd:0.1", "adam:0.1", "x=adam:0.1"], ["sgd:0.12345671", "sgd:0.12345672"]]
+)
+def test_updates_of_one_name_are_refused(texts: list[str]) -> None:
+    with pytest.raises(InputError, match="twice"):
+        parse_updates(texts)
+    assert list(parse_updates([f"{i}={text.rpartition('=')[2]}" for i, text in enumerate(texts)])) == [
+        str(i) for i in range(len(texts))
+    ]
+
+
+@pytest.mark.parametrize(("how", "words"), [("half()", "as the images are"), ("to('meta')", "weights with data")])
+def test_networks_that_the_command_cannot_train_are_refused(
+    how: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "nets.py").write_text(
+        f"from torch import nn\ndef net(n):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, n)).{how}\n"
+    )
+    network = f"{tmp_path / 'nets.py'}:net"
+    with pytest.raises(SystemExit) as ended:
+        main(["track", "--classes", "0", "1", "--network", network, "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
