@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -706,6 +707,7 @@ class _Shadow(Step):
         self.originals, self.optimizer = originals, optimizer
         self.states = _states(optimizer, originals, self.weights) if states is None else states
         self.buffers = [nn.Parameter(weight.clone()) for weight in self.weights]
+        self.shared = _shared_places(optimizer)
 
     def _run(self, gradients: Sequence[Tensor | None]) -> None:
         with torch.no_grad():
@@ -736,6 +738,9 @@ class _Shadow(Step):
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
         finally:
+            for place in self.shared:
+                if place.moved():
+                    place.restore()
             _put_back(live, contents)
 
     def _memo(self) -> dict[int, Any]:
@@ -787,19 +792,43 @@ def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> t
         _copy_groups(each.param_groups, memo)
     for each in optimizers:
         state = memo[id(each.state)] = defaultdict(dict)
-        for key, value in each.state.items():
+        for key, value in _by_copies(each.state, memo).items():
             if not isinstance(key, Tensor) or id(key) in memo:
                 state[memo.get(id(key), key)] = copy.deepcopy(value, memo)
     for each in optimizers:
         others = {key: value for key, value in vars(each).items() if key not in ("step", "profile_hook_step")}
         hooks = {key: OrderedDict() for key in others if key.startswith("_optimizer_") and key.endswith("_hooks")}
-        rest = {key: copy.deepcopy(value, memo) for key, value in others.items() if key not in hooks}
+        rest = {key: copy.deepcopy(_by_copies(value, memo), memo) for key, value in others.items() if key not in hooks}
         vars(memo[id(each)]).update(hooks | rest)
     return memo[id(optimizer)]
 
 
 def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _shared_places(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What copies of an optimiser share with it: attributes of its class, globals and closures of its functions."""
+    from local_elasticity.impact.reach import Reach  # imports this module
+
+    optimizers = [each for each in _optimizers_in(optimizer, set()) if not _is_of_torch(each)]
+    functions = [v for each in optimizers for v in vars(each).values() if isinstance(v, FunctionType)]
+    return Reach(*map(type, optimizers), *functions).places if optimizers else []
+
+
+def _by_copies(value: Any, memo: Mapping[int, Any]) -> Any:
+    """A dictionary whose keys are the ids of parameters, with those of their copies."""
+    if not isinstance(value, dict) or not any(isinstance(memo.get(key), nn.Parameter) for key in value if _is_id(key)):
+        return value
+    keys = [id(memo[key]) if _is_id(key) and isinstance(memo.get(key), nn.Parameter) else key for key in value]
+    other = copy.copy(value)
+    other.clear()
+    other.update(zip(keys, value.values(), strict=True))
+    return other
+
+
+def _is_id(key: Any) -> bool:
+    return type(key) is int
 
 
 def _stand_in_for_others(optimizers: Sequence[torch.optim.Optimizer], memo: dict[int, Any]) -> None:
@@ -856,8 +885,23 @@ def _step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
     if _is_of_torch(optimizer):
         step(optimizer)
         return
-    with _NoDraws():
+    from local_elasticity.impact import streams  # imports this module
+
+    before, watched = streams.random_state(), streams.Draws()
+    with _NoDraws(), watched:
         step(optimizer)
+    names = streams.moved_streams(before) & streams.own_streams(watched)
+    if names:
+        streams.set_random_state(before, names)
+        raise _draws("a draw from the global stream of " + " and ".join(sorted(names)), "a generator")
+
+
+def _draws(got: str, instead: str) -> InputError:
+    return InputError(
+        expected="an optimiser whose step draws no random numbers",
+        got=got,
+        do=f"give the optimiser {instead} of its own, or use le.SGD(lr) as the probe update",
+    )
 
 
 def _put_back(weights: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
@@ -884,11 +928,7 @@ class _NoDraws(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [*args, kwargs.get("generator")]
         if torch.Tag.nondeterministic_seeded in func.tags and not any(isinstance(x, torch.Generator) for x in given):
-            raise InputError(
-                expected="an optimiser whose step draws no random numbers",
-                got=f"a draw by {func}",
-                do="give the optimiser a torch.Generator of its own, or use le.SGD(lr) as the probe update",
-            )
+            raise _draws(f"a draw by {func}", "a torch.Generator")
         return func(*args, **kwargs)
 
 

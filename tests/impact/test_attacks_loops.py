@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -264,3 +264,96 @@ def test_networks_that_the_command_cannot_train_are_refused(
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# -- what copies of an optimiser share with it -------------------------------------------------------------------------
+
+
+class Counting(torch.optim.SGD):
+    """The n-th step is n times as large; who counts is up to the subclass."""
+
+    def count(self) -> int:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        count = self.count()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * count)
+
+
+class ByClass(Counting):
+    steps = 0
+
+    def count(self) -> int:
+        type(self).steps += 1
+        return self.steps
+
+
+class ByList(Counting):
+    steps: ClassVar[list[int]] = []
+
+    def count(self) -> int:
+        self.steps.append(1)
+        return len(self.steps)
+
+
+GLOBAL_STEPS = 0
+
+
+class ByGlobal(Counting):
+    def count(self) -> int:
+        global GLOBAL_STEPS
+        GLOBAL_STEPS += 1
+        return GLOBAL_STEPS
+
+
+class ByClosure(Counting):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return steps
+
+        self.count = count
+
+
+class ByIdentity(Counting):
+    """Keeps by the id of a parameter what it subtracts."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.kept = {id(p): torch.ones_like(p) for p in self.param_groups[0]["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[id(p)]["step"] = self.state[id(p)].get("step", 0) + 1
+            p.sub_(p.grad + self.kept.get(id(p), 0), alpha=self.param_groups[0]["lr"] * self.state[id(p)]["step"])
+
+
+@pytest.mark.parametrize("kind", [ByClass, ByList, ByGlobal, ByClosure, ByIdentity])
+def test_what_copies_of_an_optimizer_share_is_put_back(kind: type[Counting]) -> None:
+    (x, y), model = samples(), network()
+    optimizer = kind(model.parameters(), lr=0.05)
+    change = le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer), engine="replay").change
+    F.cross_entropy(model(x[-1:]), y[-1:]).backward()
+    optimizer.step()
+    torch.testing.assert_close(change[-1], model(x).detach() - network()(x).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("drawn", [random.random, np.random.rand])
+def test_a_step_that_draws_from_a_global_stream_is_refused(drawn: Callable[[], float]) -> None:
+    class Drawing(Counting):
+        def count(self) -> int:
+            return int(drawn()) + 1
+
+    (x, y), model = samples(), network()
+    before = random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    with pytest.raises(InputError, match="an optimiser whose step draws no random numbers"):
+        le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(Drawing(model.parameters(), lr=0.1)))
+    assert before == (random.getstate(), np.random.get_state()[2])  # noqa: NPY002
