@@ -357,3 +357,42 @@ def test_a_step_that_draws_from_a_global_stream_is_refused(drawn: Callable[[], f
     with pytest.raises(InputError, match="an optimiser whose step draws no random numbers"):
         le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(Drawing(model.parameters(), lr=0.1)))
     assert before == (random.getstate(), np.random.get_state()[2])  # noqa: NPY002
+
+
+# -- a run that is continued with other settings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "train"}, "the mode"),
+        ({"exclude_self": True}, "the self_pairs"),
+        ({"limits": ("sgd:0.1",)}, "the limits"),
+        ({"class_names": ["cat", "dog", "eel"]}, "the class_names"),
+        ({"keep": "tables"}, "the keep"),
+        ({"keep": "pairs"}, "the keep"),
+        ({"model": nn.Sequential(network(), nn.Linear(3, 4)).double()}, "the number of outputs"),
+    ],
+)
+def test_a_run_is_not_continued_with_settings_that_change_its_numbers(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with tracker(store=tmp_path / "run.zarr") as first:
+        first.step()
+    with pytest.raises(InputError, match=words):
+        tracker(store=tmp_path / "run.zarr", resume=True, **options)
+    with tracker(store=tmp_path / "run.zarr", resume=True, schedule=le.every(1)) as same:
+        same.step()
+    run = le.open_run(tmp_path / "run.zarr")
+    assert run.dataset.sizes["step"] == 2
+    assert not np.isnan(run.s_rel("kl")).any()
+
+
+@pytest.mark.parametrize("keep", ["pairs", "tables"])
+def test_a_continued_run_keeps_what_it_kept(keep: Any, tmp_path: Path) -> None:
+    for options in ({"keep": keep}, {"resume": True}):
+        with tracker(store=tmp_path / "run.zarr", schedule=le.every(1), **options) as tracked:
+            tracked.step()
+    dataset = le.open_run(tmp_path / "run.zarr").dataset
+    assert ("pairs" in dataset, "after" in dataset) == (keep == "pairs", False)
+    assert dataset.sizes["step"] == 2
