@@ -381,7 +381,7 @@ def _check_step_hooks(optimizer: torch.optim.Optimizer) -> None:
     module = sys.modules[torch.optim.Optimizer.__module__]
     kinds = [getattr(module, f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
     for each in _optimizers_in(optimizer, set()):
-        kinds += [each._optimizer_step_pre_hooks, each._optimizer_step_post_hooks]
+        kinds += [getattr(each, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]  # wrappers have none
     hooks = [hook for kind in kinds for hook in kind.values()]
     users = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
     if users:
@@ -521,15 +521,24 @@ def _fast_rule(optimizer: torch.optim.Optimizer) -> type[_LiveRule] | None:
         return None
     unusual = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
     for group in optimizer.param_groups:
+        if not group.keys() >= optimizer.defaults.keys():
+            return None  # the real step has a word to say
         numbers = [group["lr"], group.get("weight_decay", 0), *group.get("betas", ())]
         if any(group.get(key) for key in unusual) or any(isinstance(x, Tensor) for x in numbers):
             return None
         # On an accelerator torch.optim takes its multi-tensor form by default: there the copy runs the same form.
         if any(p.device.type != "cpu" or p.is_complex() for p in group["params"]):
             return None
-    if any(_is_sparse(value) for state in optimizer.state.values() for value in state.values()):
+    if any(_is_unlike(value, p) for p, state in optimizer.state.items() for value in state.values()):
         return None
     return rule
+
+
+def _is_unlike(value: Any, weight: Any) -> bool:
+    """Whether part of a state is not laid out like its weight; a number is not meant to be."""
+    if not isinstance(value, Tensor) or (value.dim() == 0 and value.layout == torch.strided):
+        return False
+    return _is_sparse(value) or value.shape != weight.shape or value.dtype != weight.dtype
 
 
 def _is_sparse(value: Any) -> bool:

@@ -396,3 +396,44 @@ def test_a_continued_run_keeps_what_it_kept(keep: Any, tmp_path: Path) -> None:
     dataset = le.open_run(tmp_path / "run.zarr").dataset
     assert ("pairs" in dataset, "after" in dataset) == (keep == "pairs", False)
     assert dataset.sizes["step"] == 2
+
+
+# -- optimisers whose real step fails, and wrappers --------------------------------------------------------------------
+
+
+class Delegating(torch.optim.Optimizer):
+    """Has nothing of its own, as the optimisers of training libraries: not even what the base class sets up."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+
+def test_a_wrapper_without_the_attributes_of_the_base_class() -> None:
+    (x, y), model = samples(), network()
+    optimizer = Delegating(torch.optim.AdamW(model.parameters(), lr=0.01))
+    change = le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer), engine="replay").change
+    F.cross_entropy(model(x[-1:]), y[-1:]).backward()
+    optimizer.step()
+    torch.testing.assert_close(change[-1], model(x).detach() - network()(x).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("damage", ["setting", "shape", "dtype"])
+def test_an_optimizer_that_cannot_step_is_refused(damage: str) -> None:
+    (x, y), model = samples(), network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    if damage == "setting":
+        del optimizer.param_groups[0]["betas"]
+    else:
+        state["exp_avg"] = state["exp_avg"][:2] if damage == "shape" else state["exp_avg"].float()
+    with pytest.raises(InputError, match="can step on these gradients"):
+        le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer))
