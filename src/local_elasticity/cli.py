@@ -191,7 +191,7 @@ def track(
     _check_rates(lr=lr, weight_decay=weight_decay, momentum=momentum)
     check_seed("--seed", seed)
     _check_folder("--out", out)
-    from local_elasticity.updates import parse_update
+    from local_elasticity.updates import parse_updates
 
     configuration: dict[str, Any] = {
         "data": data,
@@ -225,7 +225,7 @@ def track(
     tensors = train.tensors(augment=seed if augment_once else None)
     chosen = le.data.probes(train, per_class=probes_per_class, seed=seed, tensors=tensors)
     torch.manual_seed(seed)
-    model = le.networks.build(network, train.n_classes, train.shape).to(where)
+    model = _trainable(network, le.networks.build(network, train.n_classes, train.shape), tensors[0].dtype).to(where)
     training = Training(epochs, batch_size, optimizer, lr, weight_decay, momentum, seed=seed)
     session = Session(
         model,
@@ -235,7 +235,7 @@ def track(
         None if test is None else tuple(x.to(where) for x in test.tensors()),
         out / "checkpoint",
     )
-    updates = dict(parse_update(text, session.optimizer) for text in configuration["updates"])
+    updates = parse_updates(configuration["updates"], session.optimizer)
     schedule = _schedule(every, log_spaced, budget, session.total)
     resume = prepare_folder(out, configuration, overwrite)
     chosen = type(chosen)(
@@ -264,6 +264,21 @@ def track(
     console.print(f"{train.origin}: {len(train)} images ({shown}); {network}, {session.total} updates", markup=False)
     _run(session, tracker)
     return _finish(tracker.finish(), out)
+
+
+def _trainable(name: str, model: Any, dtype: Any) -> Any:
+    """Refuse a network that cannot be trained on images as they are."""
+    from local_elasticity.base.tensors import check_module
+
+    check_module("--network", model)
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype), None)
+    if other is not None:
+        raise InputError(
+            expected=f"--network: weights of {dtype}, as the images are",
+            got=f"{other} from {name!r}",
+            do="leave out .half(), .double() and the like in that function",
+        )
+    return model
 
 
 def _run(session: Any, tracker: Any) -> None:

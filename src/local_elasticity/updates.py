@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -380,7 +381,7 @@ def _check_step_hooks(optimizer: torch.optim.Optimizer) -> None:
     module = sys.modules[torch.optim.Optimizer.__module__]
     kinds = [getattr(module, f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
     for each in _optimizers_in(optimizer, set()):
-        kinds += [each._optimizer_step_pre_hooks, each._optimizer_step_post_hooks]
+        kinds += [getattr(each, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]  # wrappers have none
     hooks = [hook for kind in kinds for hook in kind.values()]
     users = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
     if users:
@@ -522,15 +523,24 @@ def _fast_rule(optimizer: torch.optim.Optimizer) -> type[_LiveRule] | None:
         return None
     unusual = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
     for group in optimizer.param_groups:
+        if not group.keys() >= optimizer.defaults.keys():
+            return None  # the real step has a word to say
         numbers = [group["lr"], group.get("weight_decay", 0), *group.get("betas", ())]
         if any(group.get(key) for key in unusual) or any(isinstance(x, Tensor) for x in numbers):
             return None
         # On an accelerator torch.optim takes its multi-tensor form by default: there the copy runs the same form.
         if any(p.device.type != "cpu" or p.is_complex() for p in group["params"]):
             return None
-    if any(_is_sparse(value) for state in optimizer.state.values() for value in state.values()):
+    if any(_is_unlike(value, p) for p, state in optimizer.state.items() for value in state.values()):
         return None
     return rule
+
+
+def _is_unlike(value: Any, weight: Any) -> bool:
+    """Whether part of a state is not laid out like its weight; a number is not meant to be."""
+    if not isinstance(value, Tensor) or (value.dim() == 0 and value.layout == torch.strided):
+        return False
+    return _is_sparse(value) or value.shape != weight.shape or value.dtype != weight.dtype
 
 
 def _is_sparse(value: Any) -> bool:
@@ -708,6 +718,7 @@ class _Shadow(Step):
         self.originals, self.optimizer = originals, optimizer
         self.states = _states(optimizer, originals, self.weights) if states is None else states
         self.buffers = [nn.Parameter(weight.clone()) for weight in self.weights]
+        self.shared = _shared_places(optimizer)
 
     def _run(self, gradients: Sequence[Tensor | None]) -> None:
         with torch.no_grad():
@@ -738,6 +749,9 @@ class _Shadow(Step):
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
         finally:
+            for place in self.shared:
+                if place.moved():
+                    place.restore()
             _put_back(live, contents)
 
     def _memo(self) -> dict[int, Any]:
@@ -789,19 +803,43 @@ def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> t
         _copy_groups(each.param_groups, memo)
     for each in optimizers:
         state = memo[id(each.state)] = defaultdict(dict)
-        for key, value in each.state.items():
+        for key, value in _by_copies(each.state, memo).items():
             if not isinstance(key, Tensor) or id(key) in memo:
                 state[memo.get(id(key), key)] = copy.deepcopy(value, memo)
     for each in optimizers:
         others = {key: value for key, value in vars(each).items() if key not in ("step", "profile_hook_step")}
         hooks = {key: OrderedDict() for key in others if key.startswith("_optimizer_") and key.endswith("_hooks")}
-        rest = {key: copy.deepcopy(value, memo) for key, value in others.items() if key not in hooks}
+        rest = {key: copy.deepcopy(_by_copies(value, memo), memo) for key, value in others.items() if key not in hooks}
         vars(memo[id(each)]).update(hooks | rest)
     return memo[id(optimizer)]
 
 
 def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _shared_places(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What copies of an optimiser share with it: attributes of its class, globals and closures of its functions."""
+    from local_elasticity.impact.reach import Reach  # imports this module
+
+    optimizers = [each for each in _optimizers_in(optimizer, set()) if not _is_of_torch(each)]
+    functions = [v for each in optimizers for v in vars(each).values() if isinstance(v, FunctionType)]
+    return Reach(*map(type, optimizers), *functions).places if optimizers else []
+
+
+def _by_copies(value: Any, memo: Mapping[int, Any]) -> Any:
+    """A dictionary whose keys are the ids of parameters, with those of their copies."""
+    if not isinstance(value, dict) or not any(isinstance(memo.get(key), nn.Parameter) for key in value if _is_id(key)):
+        return value
+    keys = [id(memo[key]) if _is_id(key) and isinstance(memo.get(key), nn.Parameter) else key for key in value]
+    other = copy.copy(value)
+    other.clear()
+    other.update(zip(keys, value.values(), strict=True))
+    return other
+
+
+def _is_id(key: Any) -> bool:
+    return type(key) is int
 
 
 def _stand_in_for_others(optimizers: Sequence[torch.optim.Optimizer], memo: dict[int, Any]) -> None:
@@ -858,8 +896,23 @@ def _step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
     if _is_of_torch(optimizer):
         step(optimizer)
         return
-    with _NoDraws():
+    from local_elasticity.impact import streams  # imports this module
+
+    before, watched = streams.random_state(), streams.Draws()
+    with _NoDraws(), watched:
         step(optimizer)
+    names = streams.moved_streams(before) & streams.own_streams(watched)
+    if names:
+        streams.set_random_state(before, names)
+        raise _draws("a draw from the global stream of " + " and ".join(sorted(names)), "a generator")
+
+
+def _draws(got: str, instead: str) -> InputError:
+    return InputError(
+        expected="an optimiser whose step draws no random numbers",
+        got=got,
+        do=f"give the optimiser {instead} of its own, or use le.SGD(lr) as the probe update",
+    )
 
 
 def _put_back(weights: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
@@ -886,11 +939,7 @@ class _NoDraws(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [*args, kwargs.get("generator")]
         if torch.Tag.nondeterministic_seeded in func.tags and not any(isinstance(x, torch.Generator) for x in given):
-            raise InputError(
-                expected="an optimiser whose step draws no random numbers",
-                got=f"a draw by {func}",
-                do="give the optimiser a torch.Generator of its own, or use le.SGD(lr) as the probe update",
-            )
+            raise _draws(f"a draw by {func}", "a torch.Generator")
         return func(*args, **kwargs)
 
 
@@ -933,3 +982,29 @@ def parse_update(text: str, optimizer: torch.optim.Optimizer | None = None) -> t
             expected=f"a learning rate after '{kind}:'", got=repr(rate), do=f"write for example {kind}:1e-4"
         ) from None
     return label or update.name, update
+
+
+def parse_updates(texts: Sequence[str], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Update]:
+    """Read several updates, see ``parse_update``.
+
+    Args:
+        texts: what was written.
+        optimizer: the one that ``optimizer`` stands for, where something trains.
+
+    Returns:
+        Name -> update.
+
+    Raises:
+        InputError: as ``parse_update``, and for a name that comes twice.
+    """
+    updates: dict[str, Update] = {}
+    for text in texts:
+        name, update = parse_update(text, optimizer)
+        if name in updates:
+            raise InputError(
+                expected="updates of different names",
+                got=f"{name!r} twice, by {text!r} the second time",
+                do=f"leave one out, or name it: other={text.rpartition('=')[2]}",
+            )
+        updates[name] = update
+    return updates

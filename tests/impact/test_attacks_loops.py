@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import local_elasticity as le
+from local_elasticity.cli import main
 from local_elasticity.errors import InputError
 from local_elasticity.similarity import DEFINITIONS
 from local_elasticity.training.schedule import Moment, Schedule
+from local_elasticity.updates import parse_updates
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -232,3 +234,206 @@ def test_a_label_that_one_term_ignores_moves_what_the_others_say(term: str, engi
     change = le.measure(model, loss, (x, y), update=le.SGD(lr=rate), engine=engine).change
     close = {"rtol": 1e-3, "atol": 1e-10} if engine == "linear" else {"rtol": 1e-6, "atol": 1e-12}
     torch.testing.assert_close(change, torch.stack(real), **close)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts", [["sgd:0.1", "sgd:0.10"], ["x=sgd:0.1", "adam:0.1", "x=adam:0.1"], ["sgd:0.12345671", "sgd:0.12345672"]]
+)
+def test_updates_of_one_name_are_refused(texts: list[str]) -> None:
+    with pytest.raises(InputError, match="twice"):
+        parse_updates(texts)
+    assert list(parse_updates([f"{i}={text.rpartition('=')[2]}" for i, text in enumerate(texts)])) == [
+        str(i) for i in range(len(texts))
+    ]
+
+
+@pytest.mark.parametrize(("how", "words"), [("half()", "as the images are"), ("to('meta')", "weights with data")])
+def test_networks_that_the_command_cannot_train_are_refused(
+    how: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "nets.py").write_text(
+        f"from torch import nn\ndef net(n):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, n)).{how}\n"
+    )
+    network = f"{tmp_path / 'nets.py'}:net"
+    with pytest.raises(SystemExit) as ended:
+        main(["track", "--classes", "0", "1", "--network", network, "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# -- what copies of an optimiser share with it -------------------------------------------------------------------------
+
+
+class Counting(torch.optim.SGD):
+    """The n-th step is n times as large; who counts is up to the subclass."""
+
+    def count(self) -> int:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        count = self.count()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * count)
+
+
+class ByClass(Counting):
+    steps = 0
+
+    def count(self) -> int:
+        type(self).steps += 1
+        return self.steps
+
+
+class ByList(Counting):
+    steps: ClassVar[list[int]] = []
+
+    def count(self) -> int:
+        self.steps.append(1)
+        return len(self.steps)
+
+
+GLOBAL_STEPS = 0
+
+
+class ByGlobal(Counting):
+    def count(self) -> int:
+        global GLOBAL_STEPS
+        GLOBAL_STEPS += 1
+        return GLOBAL_STEPS
+
+
+class ByClosure(Counting):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return steps
+
+        self.count = count
+
+
+class ByIdentity(Counting):
+    """Keeps by the id of a parameter what it subtracts."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.kept = {id(p): torch.ones_like(p) for p in self.param_groups[0]["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[id(p)]["step"] = self.state[id(p)].get("step", 0) + 1
+            p.sub_(p.grad + self.kept.get(id(p), 0), alpha=self.param_groups[0]["lr"] * self.state[id(p)]["step"])
+
+
+@pytest.mark.parametrize("kind", [ByClass, ByList, ByGlobal, ByClosure, ByIdentity])
+def test_what_copies_of_an_optimizer_share_is_put_back(kind: type[Counting]) -> None:
+    (x, y), model = samples(), network()
+    optimizer = kind(model.parameters(), lr=0.05)
+    change = le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer), engine="replay").change
+    F.cross_entropy(model(x[-1:]), y[-1:]).backward()
+    optimizer.step()
+    torch.testing.assert_close(change[-1], model(x).detach() - network()(x).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("drawn", [random.random, np.random.rand])
+def test_a_step_that_draws_from_a_global_stream_is_refused(drawn: Callable[[], float]) -> None:
+    class Drawing(Counting):
+        def count(self) -> int:
+            return int(drawn()) + 1
+
+    (x, y), model = samples(), network()
+    before = random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    with pytest.raises(InputError, match="an optimiser whose step draws no random numbers"):
+        le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(Drawing(model.parameters(), lr=0.1)))
+    assert before == (random.getstate(), np.random.get_state()[2])  # noqa: NPY002
+
+
+# -- a run that is continued with other settings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "train"}, "the mode"),
+        ({"exclude_self": True}, "the self_pairs"),
+        ({"limits": ("sgd:0.1",)}, "the limits"),
+        ({"class_names": ["cat", "dog", "eel"]}, "the class_names"),
+        ({"keep": "tables"}, "the keep"),
+        ({"keep": "pairs"}, "the keep"),
+        ({"model": nn.Sequential(network(), nn.Linear(3, 4)).double()}, "the number of outputs"),
+    ],
+)
+def test_a_run_is_not_continued_with_settings_that_change_its_numbers(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with tracker(store=tmp_path / "run.zarr") as first:
+        first.step()
+    with pytest.raises(InputError, match=words):
+        tracker(store=tmp_path / "run.zarr", resume=True, **options)
+    with tracker(store=tmp_path / "run.zarr", resume=True, schedule=le.every(1)) as same:
+        same.step()
+    run = le.open_run(tmp_path / "run.zarr")
+    assert run.dataset.sizes["step"] == 2
+    assert not np.isnan(run.s_rel("kl")).any()
+
+
+@pytest.mark.parametrize("keep", ["pairs", "tables"])
+def test_a_continued_run_keeps_what_it_kept(keep: Any, tmp_path: Path) -> None:
+    for options in ({"keep": keep}, {"resume": True}):
+        with tracker(store=tmp_path / "run.zarr", schedule=le.every(1), **options) as tracked:
+            tracked.step()
+    dataset = le.open_run(tmp_path / "run.zarr").dataset
+    assert ("pairs" in dataset, "after" in dataset) == (keep == "pairs", False)
+    assert dataset.sizes["step"] == 2
+
+
+# -- optimisers whose real step fails, and wrappers --------------------------------------------------------------------
+
+
+class Delegating(torch.optim.Optimizer):
+    """Has nothing of its own, as the optimisers of training libraries: not even what the base class sets up."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+
+def test_a_wrapper_without_the_attributes_of_the_base_class() -> None:
+    (x, y), model = samples(), network()
+    optimizer = Delegating(torch.optim.AdamW(model.parameters(), lr=0.01))
+    change = le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer), engine="replay").change
+    F.cross_entropy(model(x[-1:]), y[-1:]).backward()
+    optimizer.step()
+    torch.testing.assert_close(change[-1], model(x).detach() - network()(x).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("damage", ["setting", "shape", "dtype"])
+def test_an_optimizer_that_cannot_step_is_refused(damage: str) -> None:
+    (x, y), model = samples(), network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    if damage == "setting":
+        del optimizer.param_groups[0]["betas"]
+    else:
+        state["exp_avg"] = state["exp_avg"][:2] if damage == "shape" else state["exp_avg"].float()
+    with pytest.raises(InputError, match="can step on these gradients"):
+        le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer))

@@ -62,9 +62,13 @@ def kept_streams() -> Iterator[None]:
             yield
     finally:
         names = moved_streams(before)
-        if watched is not None:
-            names &= ({"torch", "cuda"} if watched.were_seen else set()) | ({"python"} if watched.in_python else set())
-        set_random_state(before, names)
+        set_random_state(before, names if watched is None else names & own_streams(watched))
+
+
+def own_streams(watched: Draws) -> set[str]:
+    """The names of the streams that watched work may have moved: NumPy's cannot be seen, and is the main thread's."""
+    seen = {"torch", "cuda"} if watched.were_seen else set()
+    return seen | ({"python"} if watched.in_python else set()) | ({"numpy"} if in_main_thread() else set())
 
 
 def in_main_thread() -> bool:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ from local_elasticity.runs import (
 from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
 from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
 from local_elasticity.updates import Update
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Keep = Literal["outputs", "pairs", "tables"]
 Scalar = float | Callable[[], float]
@@ -297,7 +300,8 @@ class Tracker:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 impact = self._measure(name, update, some)
-                check_labels(self.labels, impact.before.shape[1], self.outputs)
+                self._n_outputs = impact.before.shape[1]
+                check_labels(self.labels, self._n_outputs, self.outputs)
                 for definition in self.definitions:
                     self._movements(name, impact, definition)
 
@@ -586,14 +590,19 @@ class Tracker:
                 [str(x) for x in dataset["layer"].values] if "layer" in dataset.coords else [],
                 list(self.collapse_layers),
             ),
+            "class_names": ([str(x) for x in dataset["class"].values], self._static({})["class"][1].tolist()),
+            "number of outputs": (dataset.sizes.get("output"), self._n_outputs),
+            "keep": (kept := _kept(dataset), self.keep or kept),
         }
+        checks |= {name: (dataset.attrs.get(name), self._attributes[name]) for name in ("mode", "self_pairs", "limits")}
         for name, (stored, now) in checks.items():
-            if stored != now:
+            if stored is not None and stored != now:
                 raise InputError(
                     expected=f"the {name} of the stored run, {stored}",
                     got=str(now),
                     do="resume with the same settings, or store elsewhere",
                 )
+        self.keep = self.keep if kept == "outputs" else kept
         self._store.resume(None if resume is True else int(resume))
         self._created = True
         steps = self._store.steps
@@ -607,6 +616,13 @@ class Tracker:
         if resume is True and "epoch_start" in dataset.attrs:
             self._epoch, self._epoch_start = dataset.attrs["epoch_start"]
         self._store.set_attributes({"finished": False})
+
+
+def _kept(dataset: xr.Dataset) -> Keep | None:
+    """What the snapshots of a run keep; None where it has none."""
+    if not dataset.sizes.get("step", 0):
+        return None
+    return "outputs" if "after" in dataset else "pairs" if "pairs" in dataset else "tables"
 
 
 def _pair(probes: Any) -> tuple[Tensor, Tensor]:
