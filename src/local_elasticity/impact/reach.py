@@ -197,7 +197,7 @@ class _List(Place):
         return list(self.holder)
 
     def write(self, content: list[Any]) -> None:
-        kind = list if isinstance(self.holder, list) else collections.deque
+        kind: Any = list if isinstance(self.holder, list) else collections.deque
         kind.clear(self.holder)
         kind.extend(self.holder, content)
 
@@ -602,7 +602,7 @@ class Reach:
         self._free_places, self._free_items = MOST_PLACES, MOST_FIXED_ITEMS
         self._is_foreign = False  # inside an installed package's object
         self._hooks: list[dict[Any, Any]] = []
-        self._attributes: list[dict[str, Any]] = []
+        self._attributes: list[Any] = []
         self._queue: list[tuple[Any, bool]] = []
         self._put(roots)
         while self._queue:

@@ -319,7 +319,7 @@ class Subject:
         others = {id(p): value for p, value in zip(parameters, values, strict=True)}
         for p, value in zip(parameters, values, strict=True):
             if p.__dict__:
-                value.__dict__ = p.__dict__  # attributes that the user has set
+                _share_attributes(p, value)
         changed: list[Place] = []
         try:
             changed = self._exchange(lambda t: others.get(id(t), t))
@@ -477,8 +477,13 @@ def _of_the_kind_of(x: Tensor, other: Tensor) -> Tensor:
     """The other tensor, with the class of ``x`` and the very attributes that the user has set on it."""
     if type(other) is not type(x):
         other.__class__ = type(x)
-    other.__dict__ = x.__dict__
+    _share_attributes(x, other)
     return other
+
+
+def _share_attributes(x: Any, other: Any) -> None:
+    """Let the very attributes that the user has set on one tensor be another's."""
+    other.__dict__ = x.__dict__
 
 
 def _share_memory(arrays: Sequence[np.ndarray], weights: Iterable[Tensor]) -> bool:
