@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import local_elasticity as le
 from local_elasticity.cli import main
-from local_elasticity.errors import InputError
+from local_elasticity.errors import InputError, NoiseWarning
 from local_elasticity.similarity import DEFINITIONS
 from local_elasticity.training.schedule import Moment, Schedule
 from local_elasticity.updates import parse_updates
@@ -437,3 +437,9 @@ def test_an_optimizer_that_cannot_step_is_refused(damage: str) -> None:
         state["exp_avg"] = state["exp_avg"][:2] if damage == "shape" else state["exp_avg"].float()
     with pytest.raises(InputError, match="can step on these gradients"):
         le.measure(model, F.cross_entropy, (x, y), update=le.from_optimizer(optimizer))
+
+
+def test_a_tracker_warns_of_noise_with_what_a_tracker_takes() -> None:
+    tracked = tracker(update=le.SGD(lr=1e-14))
+    with pytest.warns(NoiseWarning, match="limits= of a Tracker"):
+        tracked.snapshot()

@@ -211,7 +211,8 @@ def _warn_of_noise(impact: Impact, ignored: Tensor) -> None:
     if flagged and bool(impact.change.any()):
         warnings.warn(
             f"{flagged} of {impact.below_noise.numel()} pairs move less than ten times the noise of their target: "
-            "use dtype=torch.float64, a larger step, or engine='linear'",
+            "use float64 (dtype= here, a float64 model in a Tracker), a larger step, or the limit (engine='linear', "
+            "limits= of a Tracker)",
             NoiseWarning,
             stacklevel=3,
         )
