@@ -611,3 +611,18 @@ def test_trained_weights_that_wrap_others_are_refused() -> None:
     torch.testing.assert_close(frozen.change, real_changes(KeepsHidden), rtol=1e-6, atol=1e-12)
     with pytest.raises(le.InputError, match="Wrapped"):
         measured(fresh(lambda: HoldsWrapped(True)))
+
+
+class SomeOfThem(nn.Linear):
+    """Gives an optimiser its bias alone."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        yield self.bias
+
+
+def test_parameters_of_the_models_own_are_refused() -> None:
+    with pytest.raises(le.InputError, match=r"parameters\(\) gives others"):
+        measured(SomeOfThem(4, 3).double())
+    model = SomeOfThem(4, 3).double()
+    model.weight.requires_grad_(False)
+    assert bool(measured(model).change.any())

@@ -16,6 +16,7 @@ from local_elasticity.updates import Update
 def check_model(model: nn.Module) -> None:
     """Refuse what has no trainable parameters, or has weights that are not finite."""
     check_module("model", model)
+    _check_parameters(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, parameter in trainable:
         _check_parameter(name, parameter)
@@ -25,6 +26,19 @@ def check_model(model: nn.Module) -> None:
                 got=f"NaN or infinity in {name!r}",
                 do="measure before training diverges, or lower the learning rate",
             )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse a ``parameters()`` of the model's own, for then an optimiser moves others than those that are named."""
+    if type(model).parameters is nn.Module.parameters and type(model).named_parameters is nn.Module.named_parameters:
+        return
+    named = {id(p) for _, p in nn.Module.named_parameters(model) if p.requires_grad}
+    if {id(p) for p in model.parameters() if p.requires_grad} != named:
+        raise InputError(
+            expected="model.parameters() to give all trainable weights of its modules",
+            got=f"a {type(model).__name__} whose parameters() gives others",
+            do="freeze those that are not trained (requires_grad_(False)) in place of overriding parameters()",
+        )
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
