@@ -10,19 +10,25 @@ VENV_STATE := $(shell test -e $(VENV) || { echo absent; exit; }; \
 	test "$$(cat $(VENV)/.where 2>/dev/null || echo '$(HERE)')" = '$(HERE)' && \
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ready || echo broken)
 
-.PHONY: help demo test lint bench docs results clean FORCE
+.PHONY: help demo test test-exhaustive lint bench docs results clean FORCE
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
 demo: $(VENV)/.installed-data-report  ## train a small network on digits, follow its local elasticity, write a page
 	$(BIN)/local-elasticity track --data digits --classes 0 1 8 --network mlp --optimizer adam --lr 1e-3 --epochs 3 \
 	  --probes-per-class 20 --every 9 --update adam:1e-4 --definition kl --definition kl_published --seed 0 \
 	  --out runs/digits
 
-test: $(VENV)/.installed-data-report-regression-dask-ray-test  ## all tests, and the README's code
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+TESTED := $(VENV)/.installed-data-report-regression-dask-ray-test
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+test: $(TESTED)  ## the tests, and the README's code
+	$(PYTEST) -m "not exhaustive"
+
+test-exhaustive: $(TESTED)  ## the tests that take long: clusters, browsers, kills, tiny studies, every route
+	$(PYTEST) -m exhaustive
 
 lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -389,6 +389,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["after", "mean", "step", "update", "source_label", "linearization_error"])
 def test_a_chunk_of_a_run_that_is_missing_or_damaged_is_named(tmp_path, name, damage):
@@ -406,6 +407,7 @@ def test_a_chunk_of_a_run_that_is_missing_or_damaged_is_named(tmp_path, name, da
             tracker_at(store, resume=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_chunks_of_ensembles_and_tiles_too(tmp_path, damage):
     ensemble_at(tmp_path / "e", stop_at=20)

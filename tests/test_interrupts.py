@@ -11,7 +11,10 @@ import pytest
 
 from local_elasticity.cli import main
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals of POSIX")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals of POSIX"),
+]
 
 TRACK = ["track", "--classes", "0", "1", "--epochs", "200", "--probes-per-class", "3", "--every", "9"]
 DRIVER = """

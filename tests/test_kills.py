@@ -12,7 +12,7 @@ import pytest
 import killed_commands as commands
 import local_elasticity as le
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore")]
 DISK = commands.Disk()
 STORED = {"track": commands.stored_steps, "train": commands.stored_updates}
 # Kills in a row, each a few writes after the command was given again: while its store is made, and at growing distance.

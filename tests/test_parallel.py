@@ -110,6 +110,7 @@ def equal_to_serial(tmp_path, workers):
     assert with_a_death(tracking_tasks(tmp_path / "spread"), tmp_path, workers) == wanted
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:a worker was lost")
 def test_loky_gives_the_serial_numbers_of_a_study_and_survives_a_death(serial, tmp_path, monkeypatch):
     data, wanted = serial
@@ -122,12 +123,14 @@ def test_loky_gives_the_serial_numbers_of_a_study_and_survives_a_death(serial, t
         assert int(mine.attrs["threads"]) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_dask_gives_the_serial_numbers_and_survives_a_death(tmp_path):
     pytest.importorskip("distributed", reason='needs dask: pip install "local-elasticity[dask]"')
     equal_to_serial(tmp_path, Workers("dask", 2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_a_ray_cluster_gives_the_serial_numbers_and_survives_a_death(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token that lies in the home may be asked for
@@ -209,6 +212,7 @@ def test_workers_that_never_finish_are_given_up(tmp_path):
         parallel._rounds([dying_task(tmp_path)], lambda tasks: 1 / 0)
 
 
+@pytest.mark.exhaustive
 def test_series_are_by_condition(serial):
     _, series = serial
     places = [(series.condition, folder) for folder in series.folders]

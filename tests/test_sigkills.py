@@ -32,7 +32,10 @@ from local_elasticity import cli
 from local_elasticity.studies import hesu2020_synthetic
 from local_elasticity.training import ensemble
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that copy themselves (no Windows)")
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that copy themselves (no Windows)"),
+]
 
 PATIENCE = 40  # seconds after which a process hangs
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -74,7 +74,7 @@ def routes_of(case: Case) -> list[Route]:
     """All for ordinary models; of the others those that differ in what they may get wrong."""
     ways = [route.name for route in ROUTES]
     if case in ODD_MODELS:
-        ways = ["default", "replay", "step", VMAP, LINEAR, DOUBLE]
+        ways = ["default", "replay", VMAP, LINEAR, DOUBLE]
     elif case.name.endswith(", conv"):  # its twin with an mlp takes more
         ways = ["default", "replay"]
     elif case not in ORDINARY:
@@ -83,7 +83,15 @@ def routes_of(case: Case) -> list[Route]:
 
 
 COMBINATIONS = [(case, route) for case in CASES for route in routes_of(case)]
-PAIRS = [pytest.param(case, route, id=f"{case.name} - {route.name}") for case, route in COMBINATIONS]
+MAIN = ("default", "replay", VMAP)  # what users get; the rest are exhaustive
+PAIRS = [
+    pytest.param(
+        *(case, route),
+        id=f"{case.name} - {route.name}",
+        marks=() if route.name in MAIN else pytest.mark.exhaustive,
+    )
+    for case, route in COMBINATIONS
+]
 
 
 def seed_streams() -> None:

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import local_elasticity as le
+
+pytestmark = pytest.mark.exhaustive
 
 
 def test_two_ranks_measure_what_one_process_does(tmp_path):

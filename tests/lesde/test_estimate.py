@@ -195,6 +195,7 @@ def test_empty_cells_are_named_or_filled():
 # -- intervals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["logits", "isotropic"])
 def test_intervals_cover(model):
     t = STEPS[::8]
@@ -406,6 +407,7 @@ def call(*arguments):
     return stop.value.code
 
 
+@pytest.mark.exhaustive
 def test_command_reads_both_files_and_writes(tmp_path, capsys):
     path = logit_path(3)
     z, y = log_of(path, 30, 0.3)

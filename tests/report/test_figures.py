@@ -25,6 +25,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_variant_is_drawn(make):
     dataset = make()
@@ -124,6 +125,7 @@ def test_heat_map_shows_the_cells_of_the_step():
     assert (low + high) / 2 == pytest.approx(1)
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_classes(tmp_path):
     dataset = synthetic(100, snapshots=2)
     with pytest.raises(InputError, match="intra_inter"):
@@ -136,6 +138,7 @@ def test_a_hundred_classes(tmp_path):
     }
 
 
+@pytest.mark.exhaustive
 def test_write_all_writes_every_combination_under_its_own_name(tmp_path):
     paths = write_all(synthetic(2, snapshots=2, updates=("adam:1", "adam/1")), tmp_path / "new")
     assert len(set(paths)) == len(paths) == 2 * 3 * 2

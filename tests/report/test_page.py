@@ -17,6 +17,8 @@ from local_elasticity.report.reading import number
 pytest.importorskip("plotly", reason='the page needs plotly: pip install "local-elasticity[report]"')
 from local_elasticity.report import page as page_module
 
+pytestmark = pytest.mark.exhaustive
+
 FLAGS = [
     "--headless=new",
     "--no-sandbox",

@@ -18,6 +18,8 @@ from local_elasticity.studies import dan2023_modern as modern
 from local_elasticity.studies import dan2023_tables as tables
 from local_elasticity.studies.claims import status
 
+pytestmark = pytest.mark.exhaustive
+
 TINY = study.Scale(per_class=6, batch_size=6, epochs=2, runs=1, probes_per_class=2, every=2, test_per_class=2)
 
 

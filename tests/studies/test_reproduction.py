@@ -242,17 +242,17 @@ class Placed(Toy):
 
 def test_a_device_goes_to_the_studies_that_take_one_and_to_their_replays(toys, capsys):
     toys["toy-placed"] = placed = Placed()
-    order = reproduction.Order("toy-placed", "small", out=Path("a"), device="meta")
+    order = reproduction.Order("toy-placed", "small", out=Path("a"), device="cpu:0")
     assert reproduction.run(order) == 0
-    assert json.loads(Path("a/study.json").read_text())["device"] == "meta"
-    assert "--device meta" in reproduction.command(order)
+    assert json.loads(Path("a/study.json").read_text())["device"] == "cpu:0"
+    assert "--device cpu:0" in reproduction.command(order)
     assert run("--from", "a") == 0
-    assert [where for where in placed.ran if isinstance(where, str)] == ["meta", "meta"]
-    reproduction.reproduce(["all"], "small", {}, Path("b"), Workers(), False, device="meta")
-    assert [where for where in placed.ran if isinstance(where, str)] == ["meta"] * 3
+    assert [where for where in placed.ran if isinstance(where, str)] == ["cpu:0", "cpu:0"]
+    reproduction.reproduce(["all"], "small", {}, Path("b"), Workers(), False, device="cpu:0")
+    assert [where for where in placed.ran if isinstance(where, str)] == ["cpu:0"] * 3
     assert json.loads(Path("b/toy-one-small/study.json").read_text())["device"] == "cpu"
-    with pytest.raises(InputError, match=r"one of toy-placed.*toy-one with --device meta"):
-        reproduction.run(reproduction.Order("toy-one", "small", out=Path("c"), device="meta"))
+    with pytest.raises(InputError, match=r"one of toy-placed.*toy-one with --device cpu:0"):
+        reproduction.run(reproduction.Order("toy-one", "small", out=Path("c"), device="cpu:0"))
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "toy-placed", "--device", "cdua"])
     assert "'cdua'" in capsys.readouterr().err

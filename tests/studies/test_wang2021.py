@@ -28,6 +28,8 @@ from local_elasticity.studies.wang2021_reading import (
 )
 from local_elasticity.studies.wang2021_size import SIZE
 
+pytestmark = pytest.mark.exhaustive
+
 GEOMNIST = Training(
     n_train=30, n_validation=12, replicas=8, steps=96, lr=0.03, probes=4, checked=4, measured=3, sources=2
 )

@@ -31,6 +31,7 @@ def run_ranks(script, folder):
     return [torch.load(folder / f"said-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.exhaustive
 def test_one_store_two_ranks(tmp_path):
     first, second = run_ranks("distributed_script.py", tmp_path)
     for said in (first, second):

@@ -162,6 +162,7 @@ def test_float32_stays_float32_and_close_to_float64():
 # --- replicas are independent -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("make", "data"), [(conv, (IMAGES, LABELS)), (mlp, clusters())], ids=["SimpleConv", "MLP"])
 def test_replicas_depend_neither_on_their_number_nor_order_nor_chunk(make, data):
     settings = {"make": make, "data": data, "steps": 300, "lr": 0.02}

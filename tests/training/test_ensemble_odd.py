@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -315,6 +316,43 @@ class Views(Net):
         super().__init__()
         self.double()
         self.register_buffer("row", self.first.weight.detach()[0])
+
+
+class CountsForAll(Net):
+    """Its count is the class's."""
+
+    count = 0
+
+    def hidden(self, h):
+        CountsForAll.count += 1
+        return h / CountsForAll.count
+
+
+class SharedList(Net):
+    """Its list is the class's."""
+
+    seen: ClassVar = []
+
+    def hidden(self, h):
+        self.seen.append(1)
+        return h / len(self.seen)
+
+
+STATE = torch.zeros((), dtype=torch.float64)
+
+
+class SharedTensor(Net):
+    """Writes to a global tensor."""
+
+    def hidden(self, h):
+        STATE.add_(0.1)
+        return h + STATE
+
+
+@pytest.mark.parametrize("kind", [CountsForAll, SharedList, SharedTensor])
+def test_state_that_replicas_share_is_refused(kind):
+    with pytest.raises(le.InputError, match="share"):
+        train(kind)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_stopping_and_resuming_at_any_step_changes_no_bit(tmp_path, options):
     whole = train(**options)

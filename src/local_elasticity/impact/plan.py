@@ -23,6 +23,9 @@ OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough 
 _estimates: ContextVar[list[int] | None] = ContextVar("estimates", default=None)
 
 
+_ALWAYS_THERE = 2**24  # asking the system what is left costs more than measurements of so few bytes
+
+
 @dataclass
 class Plan:
     """How a measurement was done.
@@ -81,6 +84,8 @@ def check_memory(needed: int, limit: int | None, device: torch.device | None = N
                 got=f"{limit:,} bytes",
                 do="raise max_memory, or measure fewer sources or targets at once",
             )
+        return
+    if needed < _ALWAYS_THERE:
         return
     available = available_memory(device)
     if available is not None and needed > available:

@@ -703,7 +703,7 @@ def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int
             torch.manual_seed(own)
             np.random.seed(own % 2**32)  # noqa: NPY002 (make_model may draw from the global stream)
             random.seed(own)
-            models.append(copied(_one_made(make_model)))  # the caller may hold it
+            models.append(_one_made(make_model))
     finally:
         set_random_state(streams)
     if len({id(p) for model in models for p in model.parameters()}) < sum(len(list(m.parameters())) for m in models):
@@ -712,7 +712,7 @@ def _make(make_model: Callable[[], nn.Module], numbers: Iterable[int], seed: int
             got="networks that share their weights",
             do="build it inside of the function",
         )
-    return models
+    return [copied(model) for model in models]  # the caller may hold them
 
 
 def _one_made(make_model: Callable[[], nn.Module]) -> nn.Module:

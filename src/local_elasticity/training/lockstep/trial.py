@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from local_elasticity.base.tensors import try_loss, try_model
 from local_elasticity.errors import InputError
 from local_elasticity.impact.problem import refuse_hidden_graph
+from local_elasticity.impact.reach import Reach
 from local_elasticity.impact.subject import Subject, preserved
 from local_elasticity.training.lockstep.chain import find_chain
 from local_elasticity.training.lockstep.kernels import Unsupported
@@ -65,7 +66,7 @@ def try_replica(stack: Stack, problem: Problem) -> Trial:
     x, y = problem.inputs[some], problem.labels[some]
     with preserved(model, "as_is", problem.loss_fn, restore_streams=True) as subject, torch.enable_grad():
         outputs = try_model(model, x, "inputs of data")
-        moved = _moved(subject, model)
+        moved = _moved(subject, stack)
         _check_loss(subject, problem, outputs, y)
         subject.rewind()
         loss = problem.loss_fn(model(x.clone()), y.clone())
@@ -84,18 +85,36 @@ def try_replica(stack: Stack, problem: Problem) -> Trial:
     return Trial(idle, alone or _odd_replica(stack, problem), ", ".join(hidden))
 
 
-def _moved(subject: Subject, model: nn.Module) -> set[str]:
-    """What the forward pass has moved, but for buffers written in place, which all routes keep."""
+def _moved(subject: Subject, stack: Stack) -> set[str]:
+    """What the forward pass has moved, but for buffers written in place, which all routes keep.
+
+    Raises:
+        InputError: when other replicas hold it too, so that they would train one another.
+    """
+    model = subject.model
     named = {id(t) for t in (*model.parameters(), *model.buffers())}
     others = [t for t in subject.reach.tensors if id(t) not in named]
     words = {"python": "attributes", "generator": "a generator of its own", "buffer": "which tensor a buffer is"}
     moved = {"tensors outside of its buffers"} if subject.has_written(others) else set()
+    holders = [place.holder for place in subject.reach.places if place.moved()]
+    if len(stack.models) > 1 and (holders or moved):
+        _refuse_shared(holders, [t for t in others if subject.has_written([t])], Reach(stack.models[1]))
     subject.rewind()
     moved |= {words[kind] for kind in subject.moved if kind in words}
     if "weights" in subject.moved:
         moved.add("weights")
     subject.moved.clear()
     return moved
+
+
+def _refuse_shared(holders: list[Any], tensors: list[Tensor], other: Reach) -> None:
+    held = {*(id(place.holder) for place in other.places), *map(id, other.tensors)}
+    if any(id(one) in held for one in (*holders, *tensors)):
+        raise InputError(
+            expected="networks that each keep their own state",
+            got="a forward pass that changes what all of them share: a class attribute, a global or closed-over name",
+            do="keep it in an attribute or a buffer of the network, made in its __init__",
+        )
 
 
 def _check_loss(subject: Subject, problem: Problem, outputs: Tensor, y: Tensor) -> None:
