@@ -16,10 +16,15 @@ GIB = 2**30
 
 
 def test_without_a_limit_more_than_there_is_is_refused_with_the_estimate(monkeypatch):
-    monkeypatch.setattr(plan, "available_memory", lambda device=None: 1000)
+    monkeypatch.setattr(plan, "available_memory", lambda device=None: GIB)
+    check_memory(GIB, None)
+    with pytest.raises(le.InputError, match=r"1,073,741,825 bytes.*got 1,073,741,824 bytes.*measure_tiles"):
+        check_memory(GIB + 1, None)
+
+
+def test_a_few_bytes_are_not_worth_a_question(monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda device=None: pytest.fail("asked"))
     check_memory(1000, None)
-    with pytest.raises(le.InputError, match=r"1,001 bytes.*got 1,000 bytes.*measure_tiles"):
-        check_memory(1001, None)
 
 
 def test_nothing_is_refused_where_the_system_does_not_tell(monkeypatch):
