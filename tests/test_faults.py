@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def tracker_at(store, **options):
     torch.manual_seed(0)
     settings = {"update": le.SGD(lr=0.1), "schedule": le.every(1), "keep": "outputs", **options}
     return le.Tracker(nn.Linear(4, 3), F.cross_entropy, (X, Y), store=store, **settings)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Copies of a run and of an ensemble that was stopped, instead of making them anew."""
+    place = tmp_path_factory.mktemp("made")
+    run_at(place / "run.zarr")
+    ensemble_at(place / "ensemble", stop_at=20)
+    return lambda name, where: shutil.copytree(place / name, where)
 
 
 def run_at(store, looks=2):
@@ -392,9 +402,9 @@ DAMAGES = {
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["after", "mean", "step", "update", "source_label", "linearization_error"])
-def test_a_chunk_of_a_run_that_is_missing_or_damaged_is_named(tmp_path, name, damage):
+def test_a_chunk_of_a_run_that_is_missing_or_damaged_is_named(tmp_path, made, name, damage):
     store = tmp_path / "run.zarr"
-    run_at(store)
+    made("run.zarr", store)
     chunk = chunks_of(store, name)[0]
     DAMAGES[damage](chunk)
     with pytest.raises(InputError, match=f"{name}/c") as caught:
@@ -409,8 +419,8 @@ def test_a_chunk_of_a_run_that_is_missing_or_damaged_is_named(tmp_path, name, da
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_chunks_of_ensembles_and_tiles_too(tmp_path, damage):
-    ensemble_at(tmp_path / "e", stop_at=20)
+def test_chunks_of_ensembles_and_tiles_too(tmp_path, made, damage):
+    made("ensemble", tmp_path / "e")
     arrays = tmp_path / "e" / "ensemble.zarr"
     for name in ("logits", "probe_mean", "replica"):
         chunk = chunks_of(arrays, name)[0]
@@ -492,8 +502,8 @@ def test_numbers_that_equal_the_fill_value_are_no_missing_chunks(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"attributes": {"format": "local-elasticity run"}}', "[]"])
-def test_damaged_metadata_is_named(tmp_path, text):
-    run_at(tmp_path / "run.zarr")
+def test_damaged_metadata_is_named(tmp_path, made, text):
+    made("run.zarr", tmp_path / "run.zarr")
     (tmp_path / "run.zarr" / "zarr.json").write_text(text)
     for read in (le.open_run, lambda store: tracker_at(store, resume=True)):
         with pytest.raises(InputError, match=r"zarr\.json|not a run") as caught:
@@ -510,9 +520,9 @@ def test_metadata_of_one_array_is_mended_from_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, "2", None, True])
-def test_a_newer_format_is_refused(tmp_path, version):
-    run_at(tmp_path / "run.zarr")
-    ensemble_at(tmp_path / "e", stop_at=5)
+def test_a_newer_format_is_refused(tmp_path, made, version):
+    made("run.zarr", tmp_path / "run.zarr")
+    made("ensemble", tmp_path / "e")
     tiles_at(tmp_path / "t.zarr")
     for path in ("run.zarr/zarr.json", "t.zarr/zarr.json", "e/ensemble.json"):
         note = json.loads((tmp_path / path).read_text())

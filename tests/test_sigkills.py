@@ -23,9 +23,6 @@ import numpy as np
 import pytest
 import torch
 import xarray  # noqa: F401  # here, so that no forked process has to import them again
-import zarr
-from torch import nn
-from torch.nn import functional as F
 
 import local_elasticity as le
 from local_elasticity import cli
@@ -40,9 +37,6 @@ pytestmark = [
 PATIENCE = 40  # seconds after which a process hangs
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
-X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(6) % 3
-STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -142,32 +136,6 @@ def _work(subject: Subject, folder: Path, at: float, tear: bool, out: int) -> No
 # -- what is killed -------------------------------------------------------------------------------------------------
 
 
-def network() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def track(folder: Path) -> None:
-    """A loop of a user's own, which goes on by taking again the steps that the run has."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    store = folder / "run.zarr"
-    tracker = le.Tracker(
-        model, F.cross_entropy, (X, Y), update=le.from_optimizer(optimizer), schedule=le.every(1), store=store,
-        resume=store.exists(), check_pairs=0,
-    )  # fmt: skip
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(X), Y)
-        loss.backward()
-        optimizer.step()
-        if step >= tracker.resume_step:
-            tracker.step(loss=loss.item())
-            print(f"announced {tracker.updates_made}", flush=True)
-    tracker.finish()
-
-
 def run_content(folder: Path, brief: bool) -> dict[str, np.ndarray]:
     """Snapshots one by one, and what belongs to all of them; a run without snapshots holds nothing that counts."""
     if not (folder / "run.zarr").exists():
@@ -211,20 +179,6 @@ def log_content(folder: Path, brief: bool) -> dict[str, np.ndarray]:
     return content
 
 
-def tiles(folder: Path) -> None:
-    le.measure_tiles(network(), F.cross_entropy, (X, Y), update=le.SGD(lr=0.5), out=folder / "pairs.zarr", tile=2)
-
-
-def tiles_content(folder: Path, brief: bool) -> dict[str, np.ndarray]:
-    """The tiles that are marked as done."""
-    if not (folder / "pairs.zarr").exists():
-        return {}
-    store: Any = zarr.open_group(folder / "pairs.zarr", mode="r")
-    done, change = np.asarray(store["done"][:]), store["change"]
-    places = [(int(i), int(j)) for i, j in np.argwhere(done)]
-    return {f"tile {i} {j}": np.asarray(change[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]) for i, j in places}
-
-
 def study_content(folder: Path, brief: bool) -> dict[str, np.ndarray]:
     """The pieces of a study, and what it claims."""
     content: dict[str, np.ndarray] = {}
@@ -247,10 +201,8 @@ SMALL = ("--network", "mlp:depth=1,width=4", "--per-class", "6", "--replicas", "
 TRAIN = (*SMALL, "--lr", "0.02", "--validate", "20", "--probe", "20")
 STUDY = hesu2020_synthetic.Scale(12, {"torus": 4096, "folded boxes": 1024}, 3)
 SUBJECTS = {
-    "a tracker": Subject(track, run_content, 4),
     "track": Subject(command("track", *DIGITS, *TRACK), run_content, 4),
     "train": Subject(command("train", *TRAIN), log_content, 4),
-    "measure_tiles": Subject(tiles, tiles_content, 8),
     "a study": Subject(command("reproduce", "hesu2020-synthetic"), study_content, 4),
 }
 
