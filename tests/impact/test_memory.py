@@ -142,3 +142,39 @@ def test_what_is_free_is_a_plausible_number():
     free = available_memory()
     assert free is None or GIB // 64 < free < 2**50
     assert available_memory(torch.device("meta")) is None
+
+
+class RunsOut(nn.Linear):
+    """Has no memory for so many samples."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__(4, 3)
+        self.many = many
+
+    def forward(self, x):
+        if len(x) >= self.many:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+        return super().forward(x)
+
+
+X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+LOSS = nn.functional.cross_entropy
+ENTRIES = {
+    "measure": lambda model, _: le.measure(model, LOSS, (X, Y), update=le.SGD(lr=0.1)),
+    "linear": lambda model, _: le.measure(model, LOSS, (X, Y), update=le.SGD(lr=0.1), engine="linear"),
+    "kernel": lambda model, _: le.kernel(model, X),
+    "tiles": lambda model, path: le.measure_tiles(model, LOSS, (X, Y), update=le.SGD(lr=0.1), out=path / "tiles"),
+    "gram": lambda model, path: le.gradient_gram(model, LOSS, (X, Y), out=path / "gram"),
+    "ripple": lambda model, _: le.ripple(model, LOSS, (X, Y), X),
+    "collapse": lambda model, _: le.collapse.layer_metrics(nn.Sequential(model), X, Y, ["0"]),
+    "ensemble": lambda model, _: le.train_ensemble(
+        lambda: RunsOut(model.many), (X, Y), LOSS, lr=0.1, steps=2, replicas=2, batch_size=8
+    ),
+}
+
+
+@pytest.mark.parametrize("many", [1, 8])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_forward_pass_that_runs_out_is_no_matter_of_its_inputs(tmp_path, entry, many):
+    with pytest.raises(le.InputError, match="free memory for this work"):
+        ENTRIES[entry](RunsOut(many), tmp_path)

@@ -16,6 +16,7 @@ from local_elasticity.collapse.features import Positions, to_features
 from local_elasticity.collapse.geometry import Weighting, check_weighting, metrics, metrics_of_many
 from local_elasticity.collapse.state import Keep, NeuralCollapse
 from local_elasticity.errors import InputError, nearest
+from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.wrappers import inner_module
 
 # Their outputs of three dimensions are (samples, channels, positions); those of other layers (samples, positions,
@@ -88,6 +89,7 @@ class LayerCollapse:
         return self.states[name]
 
 
+@told_of_memory()
 def layer_metrics(
     model: nn.Module,
     x: Float[Tensor, "samples ..."],

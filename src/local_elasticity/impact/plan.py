@@ -111,13 +111,20 @@ def told_of_memory(needed: int | None = None) -> Iterator[None]:
     token = _estimates.set(estimates)
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not any(map(is_out_of_memory, _causes(error))):
             raise
         about = f"about {max(estimates):,} bytes of free memory" if estimates else "enough free memory"
         raise InputError(expected=f"{about} for this work", got="an allocation that failed", do=FEWER) from None
     finally:
         _estimates.reset(token)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what it came from: a forward pass that ran out of memory is no matter of its inputs."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from local_elasticity.base.checks import check_choice, check_flag
 from local_elasticity.base.tensors import check_module
 from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
+from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import LossFunction, Problem
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, preserved
@@ -56,6 +57,7 @@ class Ripple:
     moved: Bool[Tensor, " sources"]
 
 
+@told_of_memory()
 def ripple(
     model: nn.Module,
     loss_fn: LossFunction,

@@ -27,6 +27,7 @@ from local_elasticity.impact import checks
 from local_elasticity.impact.contracted import loss_factors
 from local_elasticity.impact.contraction import contract
 from local_elasticity.impact.measurement import measure
+from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import LossFunction, Problem, match_rows
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import preserved
@@ -50,6 +51,7 @@ DIMS = {
 }
 
 
+@told_of_memory()
 def measure_tiles(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -133,6 +135,7 @@ def measure_tiles(
     return _dataset(place)
 
 
+@told_of_memory()
 def gradient_gram(
     model: nn.Module,
     loss_fn: LossFunction,
