@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from local_elasticity import data
+from local_elasticity.base import checks
 from local_elasticity.cli import main
-from local_elasticity.data import checks, files
+from local_elasticity.data import files
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from local_elasticity.data.checks import in_short, is_file
+from local_elasticity.data.checks import is_file, kind_and_message
 from local_elasticity.data.files import damaged
 from local_elasticity.errors import InputError
 
@@ -36,7 +36,7 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
     except InputError:
         raise
     except (tarfile.TarError, EOFError, OSError, KeyError, ValueError, OverflowError, zlib.error, _lzma()) as error:
-        raise damaged(path, expected="a whole tar archive", got=in_short(error)) from error
+        raise damaged(path, expected="a whole tar archive", got=kind_and_message(error)) from error
 
 
 def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

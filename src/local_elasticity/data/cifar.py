@@ -19,8 +19,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from local_elasticity.base.checks import check_flag, check_whole
 from local_elasticity.data.archives import members, opened
-from local_elasticity.data.checks import check_classes, check_flag, check_name, check_whole, is_file
+from local_elasticity.data.checks import check_classes, check_name, is_file
 from local_elasticity.data.files import (
     Entry,
     Folders,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from local_elasticity.data.checks import check_whole, in_short, in_words
+from local_elasticity.base.checks import check_whole, in_words
+from local_elasticity.data.checks import kind_and_message
 from local_elasticity.errors import InputError, missing_extra
 
 Size = int | tuple[int, int] | None
@@ -78,7 +79,7 @@ def decode(blob: bytes, file: str, size: tuple[int, int] | None) -> UInt8[np.nda
     except Image.DecompressionBombError as error:
         raise _refused(file, f"a whole image of at most {MOST_PIXELS:,} pixels", "many more") from error
     except Exception as error:  # what decoders make of damaged files is open-ended
-        raise _refused(file, "a whole image", in_short(error)) from error
+        raise _refused(file, "a whole image", kind_and_message(error)) from error
     if size is not None and (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from local_elasticity.data.checks import check_name, check_path, in_short, in_words, is_folder, printable
+from local_elasticity.base.checks import check_path, in_words
+from local_elasticity.data.checks import check_name, is_folder, kind_and_message, printable
 from local_elasticity.errors import InputError, missing_extra
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
@@ -156,7 +157,7 @@ def fetch(files: Sequence[Official], folder: Path, progress: bool = True) -> lis
             differs = isinstance(error, ValueError) and "hash" in str(error)
             raise InputError(
                 expected=f"{file.file} from {file.address} (MD5 {file.md5})",
-                got="a file with another checksum" if differs else f"a failed download ({in_short(error)})",
+                got="a file with another checksum" if differs else f"a failed download ({kind_and_message(error)})",
                 do=f"try again later, or put the file into {at_home(folder)} or a folder named in {ENVIRONMENT}",
             ) from error
         finally:
@@ -200,7 +201,7 @@ def unreadable(place: Path | str, what: str, error: OSError) -> InputError:
     """
     return InputError(
         expected=f"{what} that can be read",
-        got=f"{printable(str(place))} ({in_short(error)})",
+        got=f"{printable(str(place))} ({kind_and_message(error)})",
         do="check that it is there and its permissions",
     )
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from local_elasticity.base.checks import check_flag, check_path, in_words
 from local_elasticity.data.archives import is_archive, opened
-from local_elasticity.data.checks import check_flag, check_path, in_words, is_folder, printable
+from local_elasticity.data.checks import is_folder, printable
 from local_elasticity.data.decoding import Size, check_size, decode
 from local_elasticity.data.files import cache_folder, counting, damaged, unreadable
 from local_elasticity.data.images import LabelledImages

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from local_elasticity.data.checks import check_name, check_real, check_whole, in_words
+from local_elasticity.base.checks import check_real, check_whole, in_words
+from local_elasticity.data.checks import check_name
 from local_elasticity.data.files import Entry, Folders, check_split
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.errors import InputError

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from local_elasticity.data.checks import check_flag, in_short, is_file
+from local_elasticity.base.checks import check_flag
+from local_elasticity.data.checks import is_file, kind_and_message
 from local_elasticity.data.files import (
     Entry,
     Folders,
@@ -152,7 +153,7 @@ def read_idx(path: Path, ndim: int) -> tuple[np.ndarray, bytes]:
     try:
         blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise damaged(path, expected="a whole gzip file", got=in_short(error)) from error
+        raise damaged(path, expected="a whole gzip file", got=kind_and_message(error)) from error
     header = 4 + 4 * ndim
     magic = 0x0800 + ndim
     found = int.from_bytes(blob[:4], "big")

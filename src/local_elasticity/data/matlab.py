@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from local_elasticity.data.checks import check_flag, in_short, is_file
+from local_elasticity.base.checks import check_flag
+from local_elasticity.data.checks import is_file, kind_and_message
 from local_elasticity.data.files import (
     Entry,
     Folders,
@@ -88,7 +89,7 @@ def _read(path: Path, split: str) -> LabelledImages:
         contents = loadmat(io.BytesIO(blob), variable_names=["X", "y"])
         pixels, labels = contents["X"], contents["y"].reshape(-1)
     except Exception as error:  # what a damaged file makes the reader do is open-ended
-        raise damaged(path, expected="a whole MATLAB file with X and y", got=in_short(error)) from error
+        raise damaged(path, expected="a whole MATLAB file with X and y", got=kind_and_message(error)) from error
     n = len(labels)
     if labels.dtype.kind not in "iuf" or (labels != labels.round()).any():
         raise damaged(path, expected="y: whole numbers", got=f"other values, {labels.dtype}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from local_elasticity.data.checks import in_short
+from local_elasticity.data.checks import kind_and_message
 from local_elasticity.data.files import damaged
 from local_elasticity.errors import InputError
 
@@ -29,7 +29,7 @@ def read_pickle(data: bytes, name: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # a damaged pickle may fail in any of the ways that objects can be built wrongly
-        raise damaged(name, expected="a whole pickle", got=in_short(error)) from error
+        raise damaged(name, expected="a whole pickle", got=kind_and_message(error)) from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from local_elasticity.data.checks import in_words
+from local_elasticity.base.checks import in_words
 from local_elasticity.data.images import LabelledImages, draw_per_class
 from local_elasticity.errors import InputError
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from local_elasticity.base.checks import check_flag, check_path, in_words
 from local_elasticity.data import bundled, cifar, idx, matlab
 from local_elasticity.data.archives import is_archive
-from local_elasticity.data.checks import check_flag, check_path, in_words, is_folder
+from local_elasticity.data.checks import is_folder
 from local_elasticity.data.files import Entry, Folders
 from local_elasticity.data.folder import image_folder
 from local_elasticity.data.geomnist import entries as geomnist_entries

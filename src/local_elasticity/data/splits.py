@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from local_elasticity.data.checks import check_classes, check_path, check_whole
+from local_elasticity.base.checks import check_path, check_whole
+from local_elasticity.data.checks import check_classes
 from local_elasticity.data.decoding import Size
 from local_elasticity.data.geomnist import PUBLISHED, SHAPES, TensorData, geomnist
 from local_elasticity.data.sets import load, other_split

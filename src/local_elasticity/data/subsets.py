@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from local_elasticity.data.checks import check_flag, check_name, check_whole
+from local_elasticity.base.checks import check_flag, check_whole
+from local_elasticity.data.checks import check_name
 from local_elasticity.data.cifar import cifar10
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
