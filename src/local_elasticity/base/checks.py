@@ -11,7 +11,7 @@ import numbers
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args, overload
 
 import numpy as np
 
@@ -494,7 +494,15 @@ def check_mapping(name: str, value: Any, *, or_none: bool = False, least: int = 
     return dict(value)
 
 
-def check_path(name: str, value: Any, *, or_none: bool = False) -> Any:
+@overload
+def check_path(name: str, value: Any) -> Path: ...
+
+
+@overload
+def check_path(name: str, value: Any, *, or_none: bool) -> Path | None: ...
+
+
+def check_path(name: str, value: Any, *, or_none: bool = False) -> Path | None:
     """Check a path and expand its ~.
 
     Args:
