@@ -28,7 +28,7 @@ test: $(TESTED)  ## the tests, and the README's code
 	$(PYTEST) -m "not exhaustive"
 
 test-exhaustive: $(TESTED)  ## the tests that take long: clusters, browsers, kills, tiny studies, every route
-	$(PYTEST) -m exhaustive
+	$(PYTEST) -m exhaustive $$(grep -rl 'mark\.exhaustive' tests --include='*.py')
 
 lint: $(VENV)/.installed-data-report-lint  ## style, formatting and types; changes nothing
 	$(BIN)/ruff check .
