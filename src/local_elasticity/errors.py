@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 MOST_LISTED, FEW_LISTED = 40, 10  # names in an error
+USER_ERRORS = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError,
+)  # fmt: skip
+"""What a user's model, loss or optimiser raises that does not work."""
 
 
 class InputError(ValueError):
@@ -39,6 +43,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
         some = difflib.get_close_matches(name, names, n=FEW_LISTED, cutoff=0.0)
         return f"{hint}known: {', '.join(some)} and {len(names) - len(some)} more"
     return f"{hint}known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from local_elasticity.base.checks import check_choice, check_text, check_whole
 from local_elasticity.base.files import told_of_disk
-from local_elasticity.errors import InputError, missing_extra
+from local_elasticity.errors import InputError, first_line, missing_extra
 
 Backend = Literal["serial", "loky", "ray", "dask"]
 ANSWER_SECONDS = 5.0  # a cluster that takes longer to accept a connection does not answer
@@ -118,7 +118,7 @@ def _rounds(tasks: list[Task], parallel: Callable[[list[Task]], None]) -> None:
         except Exception as error:
             if not _lost(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             warnings.warn(f"a worker was lost ({reason}); its task is given out again", stacklevel=4)
         after = [task for task in tasks if not task.record.exists()]
         idle = idle + 1 if len(after) == len(left) else 0
@@ -310,10 +310,9 @@ def _check_answers(backend: str, address: str) -> None:
 
 
 def _no_answer(backend: str, address: str, error: BaseException) -> InputError:
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(
         expected=f"a {backend} cluster that answers at {address}",
-        got=said,
+        got=first_line(error),
         do=f"check host, port and firewall, and that it runs ({START[backend]!r} starts one); "
         f"its versions must be those of this environment; without --address one is started on this machine",
     )

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from local_elasticity.base import streams
 from local_elasticity.base.checks import check_rate, check_real, check_text, in_words
+from local_elasticity.base.reach import Reach
 from local_elasticity.base.tensors import check_optimizer
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.errors import USER_ERRORS, InputError, first_line, nearest
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -729,10 +731,10 @@ class _Shadow(Step):
             return
         try:
             copied = _copy_optimizer(self.optimizer, self._memo())
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             raise InputError(
                 expected="an optimiser that can be copied",
-                got=f"{type(self.optimizer).__name__}: {_first_line(error)}",
+                got=f"{type(self.optimizer).__name__}: {first_line(error)}",
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
         live = [] if _is_of_torch(self.optimizer) else [p.detach() for p in self.originals]
@@ -742,10 +744,10 @@ class _Shadow(Step):
                 _step_without_hooks(copied)
         except InputError:
             raise
-        except _USER_ERRORS as error:
+        except USER_ERRORS as error:
             raise InputError(
                 expected="an optimiser that can step on these gradients without a closure",
-                got=f"{type(self.optimizer).__name__}: {_first_line(error)}",
+                got=f"{type(self.optimizer).__name__}: {first_line(error)}",
                 do="use le.SGD(lr) or le.Adam(lr) as the probe update",
             ) from error
         finally:
@@ -780,15 +782,6 @@ class _Shadow(Step):
         raise TypeError("a copied optimiser steps on all parameters at once: call directions()")
 
 
-_USER_ERRORS = (
-    RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError,
-)  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
     """A copy that steps on the buffers in ``memo``, with all that the optimiser keeps and the optimisers that it wraps.
 
@@ -820,8 +813,6 @@ def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
 
 def _shared_places(optimizer: torch.optim.Optimizer) -> list[Any]:
     """What copies of an optimiser share with it: attributes of its class, globals and closures of its functions."""
-    from local_elasticity.impact.reach import Reach  # imports this module
-
     optimizers = [each for each in _optimizers_in(optimizer, set()) if not _is_of_torch(each)]
     functions = [v for each in optimizers for v in vars(each).values() if isinstance(v, FunctionType)]
     return Reach(*map(type, optimizers), *functions).places if optimizers else []
@@ -896,8 +887,6 @@ def _step_without_hooks(optimizer: torch.optim.Optimizer) -> None:
     if _is_of_torch(optimizer):
         step(optimizer)
         return
-    from local_elasticity.impact import streams  # imports this module
-
     before, watched = streams.random_state(), streams.Draws()
     with _NoDraws(), watched:
         step(optimizer)

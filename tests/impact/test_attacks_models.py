@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import local_elasticity as le
-from local_elasticity.impact.reach import MOST_FIXED_ITEMS, MOST_ITEMS, Reach, substituted
+from local_elasticity.base.reach import MOST_FIXED_ITEMS, MOST_ITEMS, Reach, substituted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RATE = 0.05

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
+from local_elasticity.base.reach import MOST_ITEMS, Reach
 from local_elasticity.impact import shadows
-from local_elasticity.impact.reach import MOST_ITEMS, Reach
 from local_elasticity.impact.subject import Subject
 from local_elasticity.training.lockstep.chain import find_chain
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.impact.streams import random_state, set_random_state
+from local_elasticity.base.streams import random_state, set_random_state
 from local_elasticity.runs import OUTPUTS
 
 CLASSES, FEATURES = 3, 6

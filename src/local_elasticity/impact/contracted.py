@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.contraction import (
     BLOCK_BYTES,
     DEFAULT_BYTES,
@@ -26,7 +26,7 @@ from local_elasticity.impact.contraction import (
 from local_elasticity.impact.first_order import first_order_change
 from local_elasticity.impact.losses import one_number
 from local_elasticity.impact.plan import check_memory
-from local_elasticity.impact.problem import USER_ERRORS, LossFunction, Problem, first_words, no_gradient, widened
+from local_elasticity.impact.problem import LossFunction, Problem, no_gradient, widened
 from local_elasticity.impact.subject import SHARED_MEMORY
 
 MOST_LABELS = 4  # at which the loss is compared with real forward passes, where it cannot reach the model
@@ -237,7 +237,7 @@ def prepare(problem: Problem, *, chunk_size: int | None, max_memory: int | None)
     except InputError:
         raise
     except USER_ERRORS as error:
-        return f"the layers cannot be followed ({first_words(error)})"
+        return f"the layers cannot be followed ({first_line(error)})"
     factors = loss_factors(problem)
     if isinstance(factors, str):
         return factors

@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError
 from local_elasticity.impact.capture import Capture, Factor, Key, Parameters, capture, eager, transformable
 from local_elasticity.impact.checks import check_output
 from local_elasticity.impact.layers import Layout, Lookup, Outer
-from local_elasticity.impact.problem import USER_ERRORS
 from local_elasticity.impact.subject import Subject, call, call_at, subject_of
 
 PROBE = 5  # samples of the check: a prime, so that an axis of positions is rarely taken for the samples'

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from local_elasticity.errors import USER_ERRORS
 from local_elasticity.impact.capture import transformable
 from local_elasticity.impact.plan import Plan
-from local_elasticity.impact.problem import USER_ERRORS, Problem
+from local_elasticity.impact.problem import Problem
 
 ALLOWED = 0.02  # of a first-order change: how far a central difference of the real forward pass may be from it
 CHECKED_TARGETS = 8

@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.contracted import Contracted, prepare
 from local_elasticity.impact.costs import captured_cost
 from local_elasticity.impact.first_order import (
@@ -26,7 +26,7 @@ from local_elasticity.impact.first_order import (
     relative_error,
 )
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import USER_ERRORS, Problem, first_words
+from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.replay import finite_step
 
@@ -186,7 +186,7 @@ def _change_of(problem: Problem, directions: list[Tensor], x: Tensor) -> Tensor 
     except InputError:
         raise
     except USER_ERRORS as error:
-        return f"forward-mode differentiation cannot follow the model ({first_words(error)})"
+        return f"forward-mode differentiation cannot follow the model ({first_line(error)})"
     return torch.cat(parts)
 
 

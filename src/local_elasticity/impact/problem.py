@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.base.tensors import check_fits, refusal_of_inputs, refusal_of_loss
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError
 from local_elasticity.impact.checks import check_labels, check_output
 from local_elasticity.impact.losses import (
     cancelling_class_weights,
@@ -34,15 +34,6 @@ from local_elasticity.updates import Step
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]
-
-USER_ERRORS = (
-    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
-)  # fmt: skip
-
-
-def first_words(error: BaseException) -> str:
-    """The first line of what an error says; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Problem:

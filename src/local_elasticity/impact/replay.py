@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.linear import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import USER_ERRORS, Problem, close, first_words
+from local_elasticity.impact.problem import Problem, close
 from local_elasticity.impact.progress import Progress
 
 VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
@@ -182,7 +182,7 @@ def _by_vmap(
         except InputError:
             raise
         except USER_ERRORS as error:
-            return first_words(error)
+            return first_line(error)
         for offset in range(stop - start):
             _keep(problem, results, start + offset, losses[offset], looked[offset])
         if math.isnan(plan.estimated_seconds):
@@ -269,6 +269,6 @@ def _check_against_linear(problem: Problem, result: Result, check_pairs: int) ->
         directions = problem.step.directions(problem.gradient(source)[1])
         linear = first_order_change(problem, directions, problem.targets[rows])
     except USER_ERRORS as error:
-        result.plan.notes.append(f"linearisation unchecked: {first_words(error)}")
+        result.plan.notes.append(f"linearisation unchecked: {first_line(error)}")
         return float("nan")
     return relative_error(result.change[source, rows], linear)

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from local_elasticity.errors import InputError
-from local_elasticity.impact.arithmetic import exact_float32
-from local_elasticity.impact.reach import Place, Reach, substituted
-from local_elasticity.impact.shadows import Shadows, overlapping, private, same_part, share_memory
-from local_elasticity.impact.streams import (
+from local_elasticity.base.reach import Place, Reach, substituted
+from local_elasticity.base.streams import (
     Draws,
     in_main_thread,
     moved_streams,
     random_state,
     set_random_state,
 )
+from local_elasticity.errors import InputError
+from local_elasticity.impact.arithmetic import exact_float32
+from local_elasticity.impact.shadows import Shadows, overlapping, private, same_part, share_memory
 
 Mode = Literal["eval", "train", "as_is"]
 SHARED_MEMORY = "weights whose memory another tensor shares"

@@ -35,6 +35,7 @@ from local_elasticity.base.checks import (
     is_whole,
     plain_array,
 )
+from local_elasticity.base.streams import random_state, set_random_state
 from local_elasticity.base.tensors import (
     check_callable,
     check_device,
@@ -49,7 +50,6 @@ from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import widened
 from local_elasticity.impact.progress import Progress
-from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep import ROUTES, Route, RouteName, choose_route, try_replica
 from local_elasticity.training.lockstep.losses import LossFunction, is_cross_entropy, is_squared_error

@@ -32,6 +32,7 @@ from local_elasticity.base.checks import (
     is_whole,
 )
 from local_elasticity.base.files import told_of_disk
+from local_elasticity.base.streams import kept_streams
 from local_elasticity.base.tensors import check_callable, check_module
 from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
@@ -41,7 +42,6 @@ from local_elasticity.impact.checks import check_labels, check_sources, check_up
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
 from local_elasticity.impact.progress import duration
-from local_elasticity.impact.streams import kept_streams
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
 from local_elasticity.runs import (

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.streams import random_state, set_random_state
+from local_elasticity.errors import InputError, first_line
 from local_elasticity.impact.shadows import private
-from local_elasticity.impact.streams import random_state, set_random_state
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.chain import Chain, find_chain
 from local_elasticity.training.lockstep.kernels import KERNELS, Kernel, PooledConv2d, arrange, arranged
@@ -405,7 +405,7 @@ def copied(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise InputError(
             expected="a network that copy.deepcopy can copy",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             do="keep out of its attributes what cannot be copied (locks, files, tensors with a graph)",
         ) from error
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.base.reach import Reach
 from local_elasticity.base.tensors import try_loss, try_model
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.problem import refuse_hidden_graph
-from local_elasticity.impact.reach import Reach
 from local_elasticity.impact.subject import Subject, preserved
 from local_elasticity.training.lockstep.chain import find_chain
 from local_elasticity.training.lockstep.kernels import Unsupported
@@ -24,7 +24,6 @@ from local_elasticity.training.lockstep.optimizers import Rule
 from local_elasticity.training.lockstep.routes import Kernels, Problem, RouteName, Stack, Vmap
 
 _RATE = 0.1
-_ERRORS = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, KeyError, IndexError)
 _MODULE_STATE = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 
@@ -152,7 +151,7 @@ def _variables(loss: Tensor) -> Iterator[Tensor]:
 def _gradients(loss: Tensor, named: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     try:
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    except _ERRORS as error:
+    except USER_ERRORS as error:
         raise InputError(
             expected="a loss that can be differentiated by the weights",
             got=f"{type(error).__name__} in its backward pass",
@@ -296,10 +295,9 @@ def _why_not_vmap(stack: Stack, problem: Problem) -> str:
         module.register_forward_pre_hook(lambda m, args: entered.append(f"{names[m]} ({type(m).__name__})"))
     try:
         gradients, _ = Vmap(trial, problem).gradients(index)
-    except _ERRORS as error:
+    except USER_ERRORS as error:
         layer = entered[-1] if entered else type(stack.template).__name__
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        return f"torch.func.vmap cannot batch layer {layer}: {reason}"
+        return f"torch.func.vmap cannot batch layer {layer}: {first_line(error)[:160]}"
     for replica, plain in enumerate(_passes(two, problem, index)):
         largest = max((float(g.abs().max()) for g in plain.gradients.values() if g.numel()), default=0.0)
         for name, gradient in plain.gradients.items():

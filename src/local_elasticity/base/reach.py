@@ -394,8 +394,8 @@ class _Cache(Place):
     def moved(self) -> bool:
         return self.holder.cache_info().misses != self.saved.misses
 
-    def restore(self) -> None:
-        if self.saved.currsize == 0:
+    def write(self, content: Any) -> None:
+        if content.currsize == 0:
             self.holder.cache_clear()
 
     def refusal(self) -> InputError | None:
@@ -410,9 +410,6 @@ class _Cache(Place):
 
     def values(self) -> Iterable[Any]:
         return [self.holder.__wrapped__]
-
-    def write(self, content: Any) -> None:
-        raise NotImplementedError
 
     def replaced(self, exchange: Callable[[Any], Any]) -> Any:
         return None
@@ -844,7 +841,7 @@ def _is_installed(file: str) -> bool:
     return file.startswith(_INSTALLED) or file.startswith(_OWN_FILES)
 
 
-_OWN_FILES = __file__.rpartition("impact")[0]
+_OWN_FILES = __file__.rpartition("base")[0]
 _OWN_NAME = _root(__name__)
 
 
