@@ -58,7 +58,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt $(if $(filter ready,$(VENV_
 	  { echo "Python 3.11 or newer is needed, got: $$($(PYTHON) --version 2>&1); use make PYTHON=/path/to/python3.11"; exit 1; }
 	test "$(VENV_STATE)" = ready || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	$(PIP) install -c constraints.txt -e ".[$(subst $(space),$(comma),$(subst -,$(space),$*))]"
+	$(PIP) install --no-compile -c constraints.txt -e ".[$(subst $(space),$(comma),$(subst -,$(space),$*))]"
 	@echo '$(HERE)' > $(VENV)/.where
 	@touch $@
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from local_elasticity.errors import InputError
+from local_elasticity.errors import USER_ERRORS, InputError
 from local_elasticity.impact.contracted import Contracted, prepare
 from local_elasticity.impact.costs import captured_cost, replayed_cost
 from local_elasticity.impact.first_order import (
@@ -17,11 +17,12 @@ from local_elasticity.impact.first_order import (
     Result,
     derivative_error,
     difference_error,
+    first_order_change,
     relative_error,
 )
 from local_elasticity.impact.linear import ALLOWED, measure_linear
 from local_elasticity.impact.problem import Problem
-from local_elasticity.impact.replay import finite_step, measure_replay
+from local_elasticity.impact.replay import finite_step, look_after, measure_replay
 
 LEAST_SOURCES = 16  # fewer are replayed in less time than the choice takes
 MOST_ERROR = 0.01
@@ -35,14 +36,38 @@ def choose(
         return measure_linear, [f"engine auto: linear, as route {route!r} was asked"]
     reason = _reason_to_replay(problem, route, check_pairs)
     if reason is None:
+        n_targets = min(check_pairs, problem.n_targets)
         try:
+            if (curved := _curved(problem, n_targets)) is not None:
+                return measure_replay, [f"engine auto: replay ({curved})"]
             ready = prepare(problem, chunk_size=chunk_size, max_memory=max_memory)
         except InputError as error:
             return measure_replay, [f"engine auto: replay ({error})"]
         if not isinstance(ready, str):
-            return _checked(problem, ready, min(check_pairs, problem.n_targets))
+            return _checked(problem, ready, n_targets)
         reason = ready
     return measure_replay, [f"engine auto: replay ({reason})"]
+
+
+def _curved(problem: Problem, n_targets: int) -> str | None:
+    """Why first order will not do, told by one derivative and one step before a contraction is made ready for it."""
+    if problem.subject.why_not_by_slots(problem.parameters) or any(p.is_complex() for p in problem.parameters):
+        return None
+    loss, gradients = problem.gradient(problem.first_source)
+    problem.check_loss(loss, problem.first_source)
+    try:
+        linear = first_order_change(problem, problem.step.directions(gradients), problem.targets[:n_targets])
+    except USER_ERRORS:  # the contraction may still follow
+        return None
+    finite = look_after(problem, gradients, problem.rows(problem.first_source))[:n_targets] - problem.before[:n_targets]
+    if bool((linear.norm(dim=-1) < 10 * problem.noise_floor[:n_targets]).all()):
+        return None
+    error = relative_error(finite, linear)
+    return None if error <= MOST_ERROR else _too_far(error)
+
+
+def _too_far(error: float) -> str:
+    return f"first order is off by {error:.2g} of the step's change, more than {MOST_ERROR:g}"
 
 
 def _checked(problem: Problem, ready: Contracted, n_targets: int) -> tuple[Callable[..., Result], list[str]]:
@@ -63,8 +88,7 @@ def _checked(problem: Problem, ready: Contracted, n_targets: int) -> tuple[Calla
         if source != problem.first_source and not derivative_error(problem, source, linear[:CHECKED_TARGETS]) <= 1:
             return measure_replay, [f"engine auto: replay ({NOT_THE_DERIVATIVE})"]
         if not error <= MOST_ERROR:
-            words = f"first order is off by {error:.2g} of the step's change, more than {MOST_ERROR:g}"
-            return measure_replay, [f"engine auto: replay ({words})"]
+            return measure_replay, [f"engine auto: replay ({_too_far(error)})"]
         errors.append(error)
     counts = f"{captured_cost(problem):,} against {replayed_cost(problem):,} passes"
     why = f"first order is off by {max(errors):.2g}" if errors else "the step's change is lost in rounding"

@@ -29,7 +29,7 @@ from local_elasticity.impact.plan import check_memory
 from local_elasticity.impact.problem import LossFunction, Problem, no_gradient, widened
 from local_elasticity.impact.subject import SHARED_MEMORY
 
-MOST_LABELS = 4  # at which the loss is compared with real forward passes, where it cannot reach the model
+MOST_LABELS = 2  # at which the loss is compared with real forward passes, where it cannot reach the model
 
 
 @dataclass
@@ -283,11 +283,18 @@ def _is_linear_backwards(problem: Problem, cotangent: Tensor) -> bool:
             )
             for seed in (cotangent, other, cotangent + other)
         ]
-    eps = torch.finfo(problem.output_dtype).eps
+    tolerance = 1e3 * torch.finfo(problem.output_dtype).eps
     return all(
-        a is None or bool((a + b - c).abs().max() <= 1e3 * eps * (a.abs().max() + b.abs().max() + 1e-30))
-        for a, b, c in ((_dense(a), _dense(b), _dense(c)) for a, b, c in zip(*parts, strict=True))
+        _largest(_dense(a) + _dense(b) - _dense(c)) <= tolerance * (_largest(_dense(a)) + _largest(_dense(b)) + 1e-30)
+        for a, b, c in zip(*parts, strict=True)
+        if a is not None and a.numel()
     )
+
+
+def _largest(x: Tensor) -> float:
+    """The largest modulus, NaN where any number is; several times faster than ``abs().max()``."""
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(high, -low))
 
 
 def _dense(x: Tensor | None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.linear import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
-from local_elasticity.impact.problem import Problem, close
+from local_elasticity.impact.problem import Gradients, Problem, close
 from local_elasticity.impact.progress import Progress
 
 VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
@@ -32,15 +32,22 @@ class _Results:
 
 def finite_step(problem: Problem, source: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of a source, and the outputs at ``x`` after the step of that source, in buffers of its own."""
-    return _step_and_look(problem, source, x, [torch.empty_like(p.data) for p in problem.parameters])
+    loss, gradients = problem.gradient(source)
+    return loss, look_after(problem, gradients, x)
+
+
+def look_after(problem: Problem, gradients: Gradients, x: Tensor, buffers: list[Tensor] | None = None) -> Tensor:
+    """The outputs at ``x`` after the step by these gradients, which is written to the buffers."""
+    stepped = [torch.empty_like(p.data) for p in problem.parameters] if buffers is None else buffers
+    with torch.no_grad():
+        problem.step.write(gradients, stepped)
+    with problem.weights_at(stepped):
+        return problem.forward(x)
 
 
 def _step_and_look(problem: Problem, source: int, x: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     loss, gradients = problem.gradient(source)
-    with torch.no_grad():
-        problem.step.write(gradients, buffers)
-    with problem.weights_at(buffers):
-        return loss, problem.forward(x)
+    return loss, look_after(problem, gradients, x, buffers)
 
 
 def measure_replay(
