@@ -285,7 +285,8 @@ def _is_linear_backwards(problem: Problem, cotangent: Tensor) -> bool:
         ]
     tolerance = 1e3 * torch.finfo(problem.output_dtype).eps
     return all(
-        _largest(_dense(a) + _dense(b) - _dense(c)) <= tolerance * (_largest(_dense(a)) + _largest(_dense(b)) + 1e-30)
+        _largest((_dense(c) - _dense(a)).sub_(_dense(b)))
+        <= tolerance * (_largest(_dense(a)) + _largest(_dense(b)) + 1e-30)
         for a, b, c in zip(*parts, strict=True)
         if a is not None and a.numel()
     )

@@ -59,6 +59,11 @@ def derivative_error(problem: Problem, source: int, linear: Float[Tensor, "rows 
         exact = first_order_change(problem, directions, problem.targets[: len(linear)])
     except USER_ERRORS:
         return difference_error(problem, source, linear) / ALLOWED
+    return rounding_error(problem, exact, linear)
+
+
+def rounding_error(problem: Problem, exact: Tensor, linear: Tensor) -> float:
+    """How far a contracted change is from the derivative, in parts of what rounding may do."""
     eps = torch.finfo(problem.output_dtype).eps
     allowed = eps**0.5 * float(exact.norm()) + eps * float(problem.before.abs().max())
     return float((exact - linear).norm()) / max(allowed, 1e-300)
