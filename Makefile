@@ -10,6 +10,8 @@ VENV_STATE := $(shell test -e $(VENV) || { echo absent; exit; }; \
 	test "$$(cat $(VENV)/.where 2>/dev/null || echo '$(HERE)')" = '$(HERE)' && \
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ready || echo broken)
 
+unexport PYTHONDONTWRITEBYTECODE  # packages are compiled when they are first imported (--no-compile), once
+
 .PHONY: help demo test test-exhaustive lint bench docs results clean FORCE
 .NOTPARALLEL:
 
