@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-data-report  ## time a snapshot beside the plain loop 
 
 results: $(VENV)/.installed-data-report-regression-cluster  ## run every study at small scale, keep tables and figures in docs/results
 	$(BIN)/local-elasticity reproduce all --scale small --jobs 2 --results docs/results || test $$? -eq 1
-	cp docs/results/timings.json src/local_elasticity/studies/timings.json
+	cp docs/results/timings.json src/local_elasticity/studies/engine/timings.json
 
 docs: $(VENV)/.installed-data-report-test  ## run the Python code in README.md and docs/ (builds no site)
 	$(BIN)/python -m pytest -q README.md docs

@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 import local_elasticity as le
-from local_elasticity.lesde.observations import observe
+from local_elasticity.lesde.estimation.observations import observe
 from tables.comparison import VERDICTS, report
 
 STEPS, TRIALS, DRAWS, MOST_SECONDS = 10_000, 100, 200, 1.0

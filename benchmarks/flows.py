@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy import linalg
 
 from local_elasticity.flows import RidgeClassifierFlow
-from local_elasticity.studies.dan2023_ridge import RIDGE
+from local_elasticity.studies.dan2023.ridge import RIDGE
 from tables.comparison import report
 
 P, LAST, N_TIMED = 100, 8000, 50

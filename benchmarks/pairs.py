@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import local_elasticity
-from local_elasticity.errors import NoiseWarning
+from local_elasticity.base.errors import NoiseWarning
 from local_elasticity.impact import Impact, measure
-from local_elasticity.impact.contraction import contract
-from local_elasticity.kernel_similarity import relative
+from local_elasticity.impact.pairs.products import contract
+from local_elasticity.impact.update import SGD
 from local_elasticity.networks import MLP, SimpleConv, resnet18_plain
-from local_elasticity.updates import SGD
+from local_elasticity.similarity.kernels import relative
 from tables.comparison import VERDICTS, machine, report
 
 MIB = 2**20

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import local_elasticity
-from local_elasticity.errors import NoiseWarning
+from local_elasticity.base.errors import NoiseWarning
 from local_elasticity.impact import Impact, measure
+from local_elasticity.impact.update import Adam
 from local_elasticity.networks import MLP, resnet18_plain
 from local_elasticity.training import Tracker, budget
-from local_elasticity.updates import Adam
 from tables.comparison import Row, machine, report
 
 N_CLASSES, PER_CLASS, LR, BATCH = 3, 20, 1e-4, 25

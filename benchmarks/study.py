@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import local_elasticity as le
-from local_elasticity.parallel import Workers, one_thread
-from local_elasticity.studies import STUDIES, dan2023_images
-from local_elasticity.studies.dan2023_images import PROBE, Scale
+from local_elasticity.base.parallel import Workers, one_thread
+from local_elasticity.studies import STUDIES
+from local_elasticity.studies.dan2023 import images as dan2023_images
+from local_elasticity.studies.dan2023.images import PROBE, Scale
 
 TRACKING_BOUND = 1.3
 PARALLEL_BOUND = 1.6

@@ -19,13 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.parallel import Task, perform
-from local_elasticity.runs import prepare_folder
-from local_elasticity.studies import reproduction
-from local_elasticity.studies.pieces import kept
-from local_elasticity.training import ensemble
+from local_elasticity.base.parallel import Task, perform
+from local_elasticity.runs.ensembles import is_ensemble
+from local_elasticity.runs.folders import prepare_folder
+from local_elasticity.studies.engine import reproduction
+from local_elasticity.studies.engine.pieces import kept
+from local_elasticity.training.ensemble import train as ensemble
+from local_elasticity.training.ensemble.store import EnsembleStore
 from local_elasticity.training.loop import Session, Training
-from local_elasticity.training.recording import EnsembleStore, is_ensemble
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from local_elasticity.classes import by_class
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
+from local_elasticity.similarity.tables import by_class
 
 YS, YT = np.repeat([0, 2, 3], [4, 5, 3]), np.repeat([3, 0, 2], [3, 6, 2])
 

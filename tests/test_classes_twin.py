@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import local_elasticity as le
-from local_elasticity import classes
+from local_elasticity.similarity import tables as classes
 
 
 def describe(pairs):

@@ -12,9 +12,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import local_elasticity as le
-from local_elasticity.cluster import LocalElasticityClustering, cluster, kernel_kmeans
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.networks import MLP
+from local_elasticity.similarity.clustering import LocalElasticityClustering, cluster, kernel_kmeans
 
 
 @parametrize_with_checks(

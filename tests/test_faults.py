@@ -22,10 +22,10 @@ from torch.nn import functional as F
 import local_elasticity as le
 from local_elasticity.base import files, locks
 from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.locks import Lock
-from local_elasticity.errors import InputError
-from local_elasticity.runs import prepare_folder
-from local_elasticity.studies.pieces import kept, read_arrays
+from local_elasticity.runs.folders import prepare_folder
+from local_elasticity.studies.engine.pieces import kept, read_arrays
 from local_elasticity.training.loop import Session, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -122,7 +122,8 @@ def test_the_signal_of_a_terminal_reaches_workers_which_say_nothing(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from local_elasticity import cli, parallel
+from local_elasticity import cli
+from local_elasticity.base import parallel
 sys.path.insert(0, ".")
 import task_of_the_test
 

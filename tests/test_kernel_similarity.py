@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import local_elasticity as le
-from local_elasticity.errors import InputError
-from local_elasticity.kernel_similarity import loss_function, normalised, relative, s_ker_of, symmetrised
+from local_elasticity.base.errors import InputError
 from local_elasticity.networks import MLP
+from local_elasticity.similarity.kernels import loss_function, normalised, relative, s_ker_of, symmetrised
 
 
 def smooth(sigmoid=False):

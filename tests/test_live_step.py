@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.errors import InputError
-from local_elasticity.updates import SGD, Adam, from_optimizer, parse_update
+from local_elasticity.base.errors import InputError
+from local_elasticity.impact.update import SGD, Adam, from_optimizer, parse_update
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:There is a performance drop")
 optim = torch.optim

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from local_elasticity import networks
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 RESNETS = (networks.resnet18_plain, networks.resnet18_batchnorm, networks.resnet18_groupnorm)
 

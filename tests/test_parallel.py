@@ -19,13 +19,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 from image_data import write_cifar10
 
-from local_elasticity import parallel
+from local_elasticity.base import parallel
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.parallel import Task, Workers, perform
 from local_elasticity.data import files
-from local_elasticity.errors import InputError
-from local_elasticity.parallel import Task, Workers, perform
 from local_elasticity.studies import STUDIES
-from local_elasticity.studies import dan2023_images as study
-from local_elasticity.studies.dan2023_tables import Series, tables_of
+from local_elasticity.studies.dan2023 import images as study
+from local_elasticity.studies.dan2023.tables import Series, tables_of
 
 TINY = study.Scale(per_class=6, batch_size=6, epochs=1, runs=2, probes_per_class=2, every=3, test_per_class=2)
 

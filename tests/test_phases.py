@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import local_elasticity as le
-from local_elasticity.phases import find_phases
+from local_elasticity.similarity.phases import find_phases
 
 T = np.geomspace(1, 1e4, 25)
 U = np.log(T)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.runs import prepare_folder
+from local_elasticity.runs.folders import prepare_folder
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3

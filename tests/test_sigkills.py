@@ -26,8 +26,8 @@ import xarray  # noqa: F401  # here, so that no forked process has to import the
 
 import local_elasticity as le
 from local_elasticity import cli
-from local_elasticity.studies import hesu2020_synthetic
-from local_elasticity.training import ensemble
+from local_elasticity.studies.hesu2020 import synthetic as hesu2020_synthetic
+from local_elasticity.training.ensemble import train as ensemble
 
 pytestmark = [
     pytest.mark.exhaustive,

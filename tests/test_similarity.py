@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from local_elasticity import similarity
-from local_elasticity.errors import InputError
-from local_elasticity.similarity import DEFINITIONS, define, get_definition, movements, s_rel, s_rel_of
+from local_elasticity.base.errors import InputError
+from local_elasticity.similarity import definitions as similarity
+from local_elasticity.similarity.definitions import DEFINITIONS, define, get_definition, movements, s_rel, s_rel_of
 
 
 def outputs(n_s=4, n_t=5, k=3, size=0.3, seed=0):

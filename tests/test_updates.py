@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError
-from local_elasticity.updates import SGD, Adam, from_optimizer, parse_update
+from local_elasticity.base.errors import InputError
+from local_elasticity.impact.update import SGD, Adam, from_optimizer, parse_update
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity import collapse, flows, lesde, networks, phases, runs, similarity
+from local_elasticity import collapse, flows, lesde, networks, runs
 from local_elasticity.base.checks import in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.cli import main
-from local_elasticity.errors import InputError
 from local_elasticity.impact.kernel import kernel_diagonal
 from local_elasticity.impact.tiles import gradient_gram, measure_tiles
 from local_elasticity.report import class_pair_curves, heat_map, intra_inter, save, write_all, write_page
+from local_elasticity.similarity import definitions as similarity
+from local_elasticity.similarity import phases
 from local_elasticity.training.loop import Training
 from local_elasticity.training.tracker import Tracker
 

@@ -26,7 +26,7 @@ BATCH = 64
 
 def load_networks(source: str) -> types.ModuleType:
     """The networks' file alone: the rest of the library needs packages that the peers' Python lacks."""
-    for name, path in (("local_elasticity.errors", "errors.py"), ("local_elasticity.networks", "networks.py")):
+    for name, path in (("local_elasticity.base.errors", "errors.py"), ("local_elasticity.networks", "networks.py")):
         sys.modules.setdefault("local_elasticity", types.ModuleType("local_elasticity"))
         if "jaxtyping" not in sys.modules and importlib.util.find_spec("jaxtyping") is None:
             stand_in = types.ModuleType("jaxtyping")

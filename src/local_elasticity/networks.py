@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_text, check_whole, check_whole_list, is_whole
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.errors import InputError, nearest
 
 __all__ = [
     "MLP",

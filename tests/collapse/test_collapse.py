@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.collapse import (
     CLASSIFIER,
     GEOMETRY,
@@ -21,7 +22,6 @@ from local_elasticity.collapse import (
     to_features,
     weighted_layers,
 )
-from local_elasticity.errors import InputError
 
 
 def etf(k, dim, seed=0):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from local_elasticity import collapse
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 torchmetrics = pytest.importorskip("torchmetrics")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import cifar, cifar10, cifar100, files
-from local_elasticity.errors import InputError
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from local_elasticity import data
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import LabelledImages, corrupt_labels
-from local_elasticity.errors import InputError
 
 LABELS = torch.arange(3).repeat_interleave(500)[torch.randperm(1500, generator=torch.Generator().manual_seed(0))]
 

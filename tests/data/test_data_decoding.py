@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.decoding import decode
-from local_elasticity.errors import InputError
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow: install local-elasticity[data]")
 RNG = np.random.default_rng(0)

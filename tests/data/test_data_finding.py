@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from local_elasticity import data
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import Official, catalogue, cifar10, files, idx, load, matlab, mnist, search_folders, svhn
-from local_elasticity.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import cifar10, files, folder, image_folder, load
 from local_elasticity.data.cifar import CIFAR10_CLASSES
-from local_elasticity.errors import InputError
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow: install local-elasticity[data]")
 RNG = np.random.default_rng(0)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from local_elasticity import data
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.geomnist import CENTRE, PUBLISHED, SHAPES, _base, polygon
-from local_elasticity.errors import InputError
 
 
 @pytest.fixture(scope="module")

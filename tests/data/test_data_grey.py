@@ -9,8 +9,8 @@ import pytest
 import scipy.io
 import torch
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import digits, fashion_mnist, files, idx, load, matlab, mnist, svhn
-from local_elasticity.errors import InputError
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 28, 28), np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import NORMALISATION, AugmentOnce, LabelledImages
-from local_elasticity.errors import InputError
 
 NAMES = ("airplane", "automobile", "bird")
 

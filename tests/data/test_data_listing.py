@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import files, folder, image_folder, listing
-from local_elasticity.errors import InputError
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow: install local-elasticity[data]")
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_data_images import assert_untouched, make, random_state
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import Probes, probes
-from local_elasticity.errors import InputError
 
 
 def test_probes_of_images():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from local_elasticity import data
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 
 def at_hand(name, split="train", **options):

@@ -10,10 +10,10 @@ import torch
 
 from local_elasticity import data
 from local_elasticity.base import checks
+from local_elasticity.base.errors import InputError
 from local_elasticity.cli import main
 from local_elasticity.data import files
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError
 
 NAN, INF = math.nan, math.inf
 

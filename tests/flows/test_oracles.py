@@ -6,7 +6,7 @@ import torch
 
 import local_elasticity as le
 from local_elasticity import flows
-from local_elasticity.studies.dan2023_flows import exact, measured, problems, trained
+from local_elasticity.studies.dan2023.flows import exact, measured, problems, trained
 
 PROBLEMS = problems(6)
 T, STEPS = 0.8, (0.02, 0.01)

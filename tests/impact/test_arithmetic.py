@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from local_elasticity.base.arithmetic import exact_float32, has_new_switches
 from local_elasticity.impact import measure
-from local_elasticity.impact.arithmetic import exact_float32, has_new_switches
-from local_elasticity.updates import SGD
+from local_elasticity.impact.update import SGD
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that copy themselves (no Windows)")
 CALLERS = {

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import local_elasticity as le
+from local_elasticity.base.errors import InputError, NoiseWarning
 from local_elasticity.cli import main
-from local_elasticity.errors import InputError, NoiseWarning
-from local_elasticity.similarity import DEFINITIONS
+from local_elasticity.impact.update import parse_updates
+from local_elasticity.similarity.definitions import DEFINITIONS
 from local_elasticity.training.schedule import Moment, Schedule
-from local_elasticity.updates import parse_updates
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -6,12 +6,13 @@ from networks_under_test import NETWORKS, numbers
 from torch import nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError
-from local_elasticity.impact import contraction, measure
-from local_elasticity.impact.contraction import Contraction, contract, per_sample_gradients, unit_cotangents
-from local_elasticity.impact.layers import RULES
+from local_elasticity.base.errors import InputError
+from local_elasticity.impact import measure
+from local_elasticity.impact.pairs import products as contraction
+from local_elasticity.impact.pairs.products import Contraction, contract, per_sample_gradients, unit_cotangents
+from local_elasticity.impact.pairs.rules import RULES
+from local_elasticity.impact.update import SGD, from_optimizer
 from local_elasticity.networks import MLP
-from local_elasticity.updates import SGD, from_optimizer
 
 N, M = 4, 5
 
@@ -330,7 +331,7 @@ def test_compiled_models():
 
 def test_a_rule_is_one_function():
     """A user's own rule: without it the parameter falls back, with it not, and the numbers are the same."""
-    from local_elasticity.impact.layers import Direct, rule
+    from local_elasticity.impact.pairs.rules import Direct, rule
 
     class Sine(nn.Module):
         def __init__(self):

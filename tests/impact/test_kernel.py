@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import local_elasticity as le
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.impact.kernel import kernel, kernel_diagonal
 from local_elasticity.networks import MLP, SimpleConv
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.impact.losses import (
     cancelling_class_weights,
     check_class_weights,

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError, NoiseWarning
+from local_elasticity.base.errors import InputError, NoiseWarning
 from local_elasticity.impact import measure
+from local_elasticity.impact.update import SGD, Adam, from_optimizer
 from local_elasticity.networks import MLP, SimpleConv
-from local_elasticity.similarity import s_rel
-from local_elasticity.updates import SGD, Adam, from_optimizer
+from local_elasticity.similarity.definitions import s_rel
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 N_SOURCES, N_TARGETS = 12, 9
@@ -385,7 +385,7 @@ def assert_untouched(before, after):
     assert [key for key in before if not same(before[key], after[key])] == []
 
 
-@pytest.mark.filterwarnings("ignore::local_elasticity.errors.NoiseWarning")
+@pytest.mark.filterwarnings("ignore::local_elasticity.base.errors.NoiseWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["eval", "train", "as_is"])
 @pytest.mark.parametrize("live", [False, True])
@@ -450,7 +450,7 @@ def test_a_graph_that_was_built_before_still_works(mode):
     assert same(torch.autograd.grad(loss, list(model.parameters())), expected)
 
 
-@pytest.mark.filterwarnings("ignore::local_elasticity.errors.NoiseWarning")
+@pytest.mark.filterwarnings("ignore::local_elasticity.base.errors.NoiseWarning")
 def test_train_mode_sees_one_stream():
     """Dropout masks and buffers are the same before and after the step, so no step means no change."""
     model, _, x, y = fragile()
@@ -479,7 +479,7 @@ def test_under_no_grad_and_inference_mode(context, setting, route):
         assert not other.change.is_inference()
 
 
-@pytest.mark.filterwarnings("ignore::local_elasticity.errors.NoiseWarning")
+@pytest.mark.filterwarnings("ignore::local_elasticity.base.errors.NoiseWarning")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("route", ["step", "vmap", None])
 def test_inside_autocast(route, grad):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from local_elasticity.impact.progress import Pace, duration
+from local_elasticity.base.progress import Pace, duration
 
 
 def test_a_training_with_looks_says_what_is_left():

@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.impact import gradient_gram, measure, measure_tiles, tiles
+from local_elasticity.impact.update import SGD
 from local_elasticity.networks import MLP
-from local_elasticity.updates import SGD
 
 
 def problem():

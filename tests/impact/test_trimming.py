@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.impact import measure
 from local_elasticity.impact.trimming import narrowed_taps
-from local_elasticity.updates import SGD, Adam, from_optimizer
+from local_elasticity.impact.update import SGD, Adam, from_optimizer
 
 
 def make(padding=1):

@@ -9,10 +9,10 @@ from scipy.signal import savgol_filter
 import local_elasticity as le
 from local_elasticity.cli import main
 from local_elasticity.lesde import published
-from local_elasticity.lesde.estimate import _bootstrap, _resampled, _weights
-from local_elasticity.lesde.estimators import ESTIMATORS
-from local_elasticity.lesde.observations import observe
-from local_elasticity.lesde.smoothing import LocalQuadratic
+from local_elasticity.lesde.estimation.estimate import _bootstrap, _resampled, _weights
+from local_elasticity.lesde.estimation.estimators import ESTIMATORS
+from local_elasticity.lesde.estimation.observations import observe
+from local_elasticity.lesde.estimation.smoothing import LocalQuadratic
 
 STEPS = np.arange(400.0)
 A_TRUE, B_TRUE = 4.5 * (1 - np.exp(-STEPS / 150)), -1.2 * (1 - np.exp(-STEPS / 200))

@@ -7,11 +7,11 @@ import pytest
 import xarray as xr
 from synthetic_runs import synthetic
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.collapse import GEOMETRY
-from local_elasticity.errors import InputError
 from local_elasticity.report import figures, write_all
 from local_elasticity.report.collapse import collapse_curves, stored_rates
-from local_elasticity.runs import Run
+from local_elasticity.runs.run import Run
 
 LAYERS = ["conv1", "penultimate"]
 

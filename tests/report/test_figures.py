@@ -7,7 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic_runs import heavy, synthetic, with_gaps
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.report import class_pair_curves, heat_map, intra_inter, save, write_all
 
 VARIANTS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from synthetic_runs import heavy, synthetic, with_gaps
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.report import heat_map, write_all, write_page
 from local_elasticity.report.reading import number
 

@@ -3,7 +3,7 @@ import pytest
 import xarray as xr
 from synthetic_runs import heavy, synthetic, with_gaps
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.report.reading import answer, colours, number, read, scale_of, warnings_for, words_for
 
 

@@ -12,11 +12,10 @@ from image_data import write_cifar10, write_cifar100, write_svhn
 import local_elasticity as le
 from local_elasticity.data import files
 from local_elasticity.studies import STUDIES
-from local_elasticity.studies import dan2023_claims as judge
-from local_elasticity.studies import dan2023_images as study
-from local_elasticity.studies import dan2023_modern as modern
-from local_elasticity.studies import dan2023_tables as tables
-from local_elasticity.studies.claims import status
+from local_elasticity.studies.dan2023 import claims as judge
+from local_elasticity.studies.dan2023 import images as study
+from local_elasticity.studies.dan2023 import modern, tables
+from local_elasticity.studies.engine.claims import status
 
 pytestmark = pytest.mark.exhaustive
 

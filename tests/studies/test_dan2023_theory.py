@@ -9,10 +9,10 @@ import torch
 
 import local_elasticity as le
 from local_elasticity.data.regression import regression
-from local_elasticity.phases import find_phases
+from local_elasticity.similarity.phases import find_phases
 from local_elasticity.studies import STUDIES
-from local_elasticity.studies.dan2023_flows import FLOWS, exact, nine_tenths, problems
-from local_elasticity.studies.dan2023_regression import (
+from local_elasticity.studies.dan2023.flows import FLOWS, exact, nine_tenths, problems
+from local_elasticity.studies.dan2023.regression import (
     BASE,
     REGRESSION,
     SCALES,
@@ -24,7 +24,7 @@ from local_elasticity.studies.dan2023_regression import (
     look_times,
     squared,
 )
-from local_elasticity.studies.dan2023_ridge import PUBLISHED_LOSSES, RIDGE
+from local_elasticity.studies.dan2023.ridge import PUBLISHED_LOSSES, RIDGE
 
 
 def verdicts(folder):

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import local_elasticity as le
-from local_elasticity.errors import InputError
-from local_elasticity.studies import hesu2020_clustering
-from local_elasticity.studies.hesu2020 import network
-from local_elasticity.studies.hesu2020_clustering import (
+from local_elasticity.base.errors import InputError
+from local_elasticity.studies.hesu2020 import clustering as hesu2020_clustering
+from local_elasticity.studies.hesu2020.clustering import (
     BASELINES,
     CHOSEN,
     CLUSTERING,
@@ -26,6 +25,7 @@ from local_elasticity.studies.hesu2020_clustering import (
     score,
     similarities,
 )
+from local_elasticity.studies.hesu2020.networks import network
 
 PAIR = Pair(("5", "8"), ("3", "9"), batch_size=20)
 SIZE = Scale(24, {"digits mse": 2, "digits bce": 2}, {"digits": 2}, per_primary=30, auxiliary=40, sets=("digits",))

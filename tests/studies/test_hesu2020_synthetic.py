@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from local_elasticity.errors import InputError
-from local_elasticity.studies import hesu2020, hesu2020_synthetic
-from local_elasticity.studies.hesu2020 import Rate, network, top_curvature, train
-from local_elasticity.studies.hesu2020_synthetic import (
+from local_elasticity.base.errors import InputError
+from local_elasticity.studies.hesu2020 import networks as hesu2020
+from local_elasticity.studies.hesu2020 import synthetic as hesu2020_synthetic
+from local_elasticity.studies.hesu2020.networks import Rate, network, top_curvature, train
+from local_elasticity.studies.hesu2020.synthetic import (
     SCALES,
     SYNTHETIC,
     Scale,

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from local_elasticity import cli
-from local_elasticity.errors import InputError
-from local_elasticity.parallel import Workers
-from local_elasticity.runs import prepare_folder
-from local_elasticity.studies import STUDIES, catalogue, overview, reproduction
-from local_elasticity.studies.claims import Claim, status, write_claims
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.parallel import Workers
+from local_elasticity.runs.folders import prepare_folder
+from local_elasticity.studies import STUDIES
+from local_elasticity.studies.engine import catalogue, overview, reproduction
+from local_elasticity.studies.engine.claims import Claim, status, write_claims
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def test_studies_side_by_side_keep_their_logs(toys, monkeypatch):
 
 
 def test_the_list_needs_no_heavy_package():
-    code = "import sys; from local_elasticity import cli; import local_elasticity.studies.reproduction as r; "
+    code = "import sys; from local_elasticity import cli; import local_elasticity.studies.engine.reproduction as r; "
     code += "r.show_list(False); print(sorted({'sklearn', 'statsmodels', 'matplotlib', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from local_elasticity.base.errors import IdentifiabilityWarning, InputError
 from local_elasticity.data import TensorData, geomnist
-from local_elasticity.errors import IdentifiabilityWarning, InputError
 from local_elasticity.lesde.model import LESDE
-from local_elasticity.studies import STUDIES, wang2021
-from local_elasticity.studies.collapse_prediction import PREDICTION, Course
-from local_elasticity.studies.wang2021 import PAPER_RATES, SIZES, Record, Size, Training, complete, train, trained
-from local_elasticity.studies.wang2021_classes import CLASSES
-from local_elasticity.studies.wang2021_corruption import CORRUPTION
-from local_elasticity.studies.wang2021_direct import direct_matrix, summary
-from local_elasticity.studies.wang2021_dynamics import DYNAMICS
-from local_elasticity.studies.wang2021_imitation import IMITATION, halves, measures, published
-from local_elasticity.studies.wang2021_reading import (
+from local_elasticity.studies import STUDIES
+from local_elasticity.studies.own.collapse_prediction import PREDICTION, Course
+from local_elasticity.studies.wang2021 import trainings as wang2021
+from local_elasticity.studies.wang2021.classes import CLASSES
+from local_elasticity.studies.wang2021.corruption import CORRUPTION
+from local_elasticity.studies.wang2021.direct import direct_matrix, summary
+from local_elasticity.studies.wang2021.dynamics import DYNAMICS
+from local_elasticity.studies.wang2021.imitation import IMITATION, halves, measures, published
+from local_elasticity.studies.wang2021.reading import (
     crossing,
     fit,
     lowest,
@@ -26,7 +26,17 @@ from local_elasticity.studies.wang2021_reading import (
     separation,
     simplex_mode,
 )
-from local_elasticity.studies.wang2021_size import SIZE
+from local_elasticity.studies.wang2021.size import SIZE
+from local_elasticity.studies.wang2021.trainings import (
+    PAPER_RATES,
+    SIZES,
+    Record,
+    Size,
+    Training,
+    complete,
+    train,
+    trained,
+)
 
 pytestmark = pytest.mark.exhaustive
 
@@ -108,7 +118,7 @@ def test_studies_share_their_trainings():
 
 def test_killed_training_goes_on_to_the_same_numbers(tmp_path, clean, monkeypatch):
     """Stopped in the middle, by an exception as if killed, it continues from its checkpoint."""
-    from local_elasticity.training import ensemble
+    from local_elasticity.training.ensemble import train as ensemble
 
     monkeypatch.setattr(ensemble, "_CHECKPOINT_SECONDS", 0.0)
     real = wang2021._measuring
@@ -281,7 +291,7 @@ def test_published_imitation_takes_scale_and_sign_from_the_data(clean):
 def test_measures_of_the_truth_are_perfect(clean):
     half = halves(clean, 1)
     truth = half.observed()
-    from local_elasticity.studies.wang2021_imitation import Simulated
+    from local_elasticity.studies.wang2021.imitation import Simulated
 
     found = measures(half, Simulated(truth, np.full(truth.shape, 1e6)))
     assert found["relative_rmse"] == 0

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import local_elasticity as le
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.networks import MLP, SimpleConv
 from local_elasticity.training.lockstep import routes
 from local_elasticity.training.lockstep.routes import Route

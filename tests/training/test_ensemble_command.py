@@ -5,9 +5,9 @@ from torch.nn import functional as F
 
 import local_elasticity as le
 from local_elasticity import cli
+from local_elasticity.base.errors import InputError
 from local_elasticity.data import load_split
-from local_elasticity.errors import InputError
-from local_elasticity.lesde.recordings import read_recording
+from local_elasticity.lesde.estimation.recordings import read_recording
 from local_elasticity.networks import MLP
 from local_elasticity.report.ensemble import fit_ensemble, read_ensemble
 

@@ -1,6 +1,6 @@
 import pytest
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.training import at, budget, every, log_spaced
 from local_elasticity.training.schedule import Moment
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import local_elasticity as le
 from local_elasticity.base.streams import random_state, set_random_state
-from local_elasticity.runs import OUTPUTS
+from local_elasticity.runs.stores import OUTPUTS
 
 CLASSES, FEATURES = 3, 6
 VOLATILE = {"seconds"}  # times differ from run to run

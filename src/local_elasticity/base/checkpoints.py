@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import told_of_disk, write_whole
-from local_elasticity.errors import InputError
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> str:

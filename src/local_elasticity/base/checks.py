@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, get_args, overload
 
 import numpy as np
 
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.errors import InputError, nearest
 
 SHOWN = 100  # characters of a value that an error shows
 UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

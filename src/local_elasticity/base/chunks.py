@@ -20,8 +20,8 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import discard, told_of_disk, write_whole
-from local_elasticity.errors import InputError
 
 SEALED = {"checksums": "crc32c"}  # attributes of a store that was written by `create_array` alone
 CODECS = ("bytes", "zstd", "crc32c")

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import told_of_disk
-from local_elasticity.errors import InputError
 
 try:
     import fcntl

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 MOST_ITEMS = 1000  # a container with more is not entered
 MOST_PLACES = 2000  # beside those of modules

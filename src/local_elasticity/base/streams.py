@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 
 def random_state() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import advice_for_labels, as_code, check_choice, in_words, plain_array, written
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 LAZY = "call the model once on a batch, so that its lazy layers get their sizes"
 

@@ -34,8 +34,8 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from local_elasticity.base.checks import check_choice, check_whole, in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.tensors import advice_for_tensor, check_class_labels
-from local_elasticity.errors import InputError
 
 Weighting = Literal["classes", "samples"]
 Form = Literal["span", "svd", "pinv"]

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_names, check_whole
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.base.tensors import check_class_labels, check_module, check_tensor, try_model
 from local_elasticity.collapse.features import Positions, to_features
 from local_elasticity.collapse.geometry import Weighting, check_weighting, metrics, metrics_of_many
 from local_elasticity.collapse.state import Keep, NeuralCollapse
-from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.wrappers import inner_module
 

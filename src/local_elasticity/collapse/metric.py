@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from local_elasticity.base.errors import missing_extra
 from local_elasticity.collapse.features import Positions
 from local_elasticity.collapse.geometry import CLASSIFIER, GEOMETRY, Weighting
 from local_elasticity.collapse.state import SUMS, Keep, NeuralCollapse
-from local_elasticity.errors import missing_extra
 
 try:
     from torchmetrics import Metric

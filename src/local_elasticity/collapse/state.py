@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from local_elasticity.base.checks import check_instance, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.tensors import check_class_labels, check_device, check_tensor
 from local_elasticity.collapse.features import Positions, to_features
 from local_elasticity.collapse.geometry import (
@@ -30,7 +31,6 @@ from local_elasticity.collapse.geometry import (
     svd_trace,
     to_double,
 )
-from local_elasticity.errors import InputError
 
 Keep = Literal["sums", "features"]
 SUMS = ("counts", "sums", "squares", "scatter")

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import is_file, kind_and_message
 from local_elasticity.data.files import damaged
-from local_elasticity.errors import InputError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from local_elasticity.base.errors import missing_extra
 from local_elasticity.data.files import Entry, check_split
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import missing_extra
 
 TRAIN = 1437
 """The first four fifths are "train" and the rest "test": the set has no split of its own."""

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from local_elasticity.base.checks import in_words
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.errors import InputError, nearest
 
 
 def printable(text: str) -> str:

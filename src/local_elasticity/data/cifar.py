@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checks import check_flag, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.archives import members, opened
 from local_elasticity.data.checks import check_classes, check_name, is_file
 from local_elasticity.data.files import (
@@ -39,7 +40,6 @@ from local_elasticity.data.files import (
 from local_elasticity.data.folder import image_folder
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.data.pickles import read_pickle
-from local_elasticity.errors import InputError
 
 PIXELS = 3 * 32 * 32
 SITE = "https://www.cs.toronto.edu/~kriz/"

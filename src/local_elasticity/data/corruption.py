@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from local_elasticity.base.checks import check_whole, in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import check_name
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError
 
 Kind = Literal["exact", "symmetric"]
 

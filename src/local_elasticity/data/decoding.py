@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from local_elasticity.base.checks import check_whole, in_words
+from local_elasticity.base.errors import InputError, missing_extra
 from local_elasticity.data.checks import kind_and_message
-from local_elasticity.errors import InputError, missing_extra
 
 Size = int | tuple[int, int] | None
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from local_elasticity.base.checks import check_path, in_words
+from local_elasticity.base.errors import InputError, missing_extra
 from local_elasticity.data.checks import check_name, is_folder, kind_and_message, printable
-from local_elasticity.errors import InputError, missing_extra
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checks import check_flag, check_path, in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.archives import is_archive, opened
 from local_elasticity.data.checks import is_folder, printable
 from local_elasticity.data.decoding import Size, check_size, decode
 from local_elasticity.data.files import cache_folder, counting, damaged, unreadable
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.data.listing import canonical, inside, list_split
-from local_elasticity.errors import InputError
 
 CACHE_FROM = 1000
 """Fewer images than this are decoded each time: they take no time, and leave no cache behind."""

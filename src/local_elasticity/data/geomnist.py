@@ -18,10 +18,10 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from local_elasticity.base.checks import check_real, check_whole, in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import check_name
 from local_elasticity.data.files import Entry, Folders, check_split
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError
 
 SIDE = 32
 CENTRE = (SIDE - 1) / 2

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checks import check_flag
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import is_file, kind_and_message
 from local_elasticity.data.files import (
     Entry,
@@ -36,7 +37,6 @@ from local_elasticity.data.files import (
     read_bytes,
 )
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError
 
 PREFIX = {"train": "train", "test": "t10k"}
 SIZES = {"train": 60_000, "test": 10_000}

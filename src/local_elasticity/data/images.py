@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from local_elasticity.base.checks import check_real, check_whole, in_words
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.data.checks import check_classes
-from local_elasticity.errors import InputError, nearest
 
 PerChannel = float | Sequence[float]
 Normalise = Literal["auto"] | tuple[PerChannel, PerChannel] | None

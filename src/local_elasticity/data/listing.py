@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.archives import members, opened
 from local_elasticity.data.checks import printable
 from local_elasticity.data.files import check_split, unreadable
-from local_elasticity.errors import InputError
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import kind_and_message
 from local_elasticity.data.files import damaged
-from local_elasticity.errors import InputError
 
 
 def read_pickle(data: bytes, name: str) -> Any:

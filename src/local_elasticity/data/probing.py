@@ -10,8 +10,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from local_elasticity.base.checks import in_words
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.images import LabelledImages, draw_per_class
-from local_elasticity.errors import InputError
 
 _PROBES = 2  # the random stream; `LabelledImages.take` has 1
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from local_elasticity.base.errors import missing_extra
 from local_elasticity.data.checks import check_name
-from local_elasticity.errors import missing_extra
 
 
 class RegressionSet(NamedTuple):

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from local_elasticity.base.checks import check_flag, check_path, in_words
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.data import bundled, cifar, idx, matlab
 from local_elasticity.data.archives import is_archive
 from local_elasticity.data.checks import is_folder
@@ -21,7 +22,6 @@ from local_elasticity.data.geomnist import entries as geomnist_entries
 from local_elasticity.data.geomnist import read as read_geomnist
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.data.listing import split_names
-from local_elasticity.errors import InputError, nearest
 
 READERS: dict[str, Callable[..., LabelledImages]] = {
     "digits": lambda split, folders, download, progress: bundled.digits(split),

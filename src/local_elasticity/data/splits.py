@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from local_elasticity.base.checks import check_path, check_whole
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.data.checks import check_classes
 from local_elasticity.data.decoding import Size
 from local_elasticity.data.geomnist import PUBLISHED, SHAPES, TensorData, geomnist
 from local_elasticity.data.sets import load, other_split
-from local_elasticity.errors import InputError, nearest
 
 _GEOMNIST = {"geomnist": "published", "geomnist-varied": "varied"}
 _PER_CLASS = 500  # of GeoMNIST: as published

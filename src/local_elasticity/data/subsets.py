@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from local_elasticity.base.checks import check_flag, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.data.checks import check_name
 from local_elasticity.data.cifar import cifar10
 from local_elasticity.data.geomnist import TensorData
 from local_elasticity.data.images import LabelledImages
-from local_elasticity.errors import InputError
 
 _STREAM = 3  # `LabelledImages.take` has 1, probes have 2
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from local_elasticity.base.checks import as_numbers, check_real
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 Array = Float[np.ndarray, "..."]
 

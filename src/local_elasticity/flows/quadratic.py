@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.flows.base import Array, checked_array, checked_times
 
 SYMMETRY = 1e-10  # largest difference from the transpose, relative to the largest entry

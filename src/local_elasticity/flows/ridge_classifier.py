@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from local_elasticity.base.checks import check_flag, check_real
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, needed
 from local_elasticity.flows.linear import checked_penalty
 from local_elasticity.flows.quadratic import QuadraticFlow

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, checked_times, integrate, needed
-from local_elasticity.similarity import get_definition
+from local_elasticity.similarity.definitions import get_definition
 
 SMALL_STEP = ("kl", "kl_reverse", "l2")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from local_elasticity.base.checks import check_choice
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.flows.base import Array, Flow, Movements, checked_array, checked_times, integrate
 
 Activation = Literal["relu", "linear"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_bytes, check_instance, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.tensors import check_callable, check_dtype, check_module, check_pair, check_tensor
-from local_elasticity.errors import InputError
-from local_elasticity.updates import Update
+from local_elasticity.impact.update import Update
 
 
 def check_model(model: nn.Module) -> None:

@@ -11,8 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from local_elasticity.errors import USER_ERRORS, InputError
-from local_elasticity.impact.contracted import Contracted, prepare
+from local_elasticity.base.errors import USER_ERRORS, InputError
 from local_elasticity.impact.costs import captured_cost, replayed_cost
 from local_elasticity.impact.first_order import (
     CHECKED_TARGETS,
@@ -24,6 +23,7 @@ from local_elasticity.impact.first_order import (
     rounding_error,
 )
 from local_elasticity.impact.linear import ALLOWED, measure_linear
+from local_elasticity.impact.pairs.sweep import Contracted, prepare
 from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.replay import look_after, measure_replay
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from local_elasticity.errors import USER_ERRORS
-from local_elasticity.impact.capture import transformable
+from local_elasticity.base.errors import USER_ERRORS
+from local_elasticity.impact.pairs.capture import transformable
 from local_elasticity.impact.plan import Plan
 from local_elasticity.impact.problem import Problem
 

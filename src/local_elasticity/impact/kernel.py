@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_bytes, check_choice, check_flag, check_whole
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.progress import Progress
 from local_elasticity.base.tensors import check_fits, check_module
-from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
-from local_elasticity.impact.contraction import BLOCK_BYTES, Contraction, chunk_for, contract
+from local_elasticity.impact.pairs.products import BLOCK_BYTES, Contraction, chunk_for, contract
 from local_elasticity.impact.plan import check_memory, told_of_memory
 from local_elasticity.impact.problem import all_converted, asked, measured_in
-from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, Subject, preserved
 from local_elasticity.impact.wrappers import inner_module
 

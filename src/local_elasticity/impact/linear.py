@@ -12,8 +12,8 @@ import time
 import torch
 from torch import Tensor
 
-from local_elasticity.errors import USER_ERRORS, InputError, first_line
-from local_elasticity.impact.contracted import Contracted, prepare
+from local_elasticity.base.errors import USER_ERRORS, InputError, first_line
+from local_elasticity.base.progress import Progress
 from local_elasticity.impact.costs import captured_cost
 from local_elasticity.impact.first_order import (
     ALLOWED,
@@ -25,9 +25,9 @@ from local_elasticity.impact.first_order import (
     first_order_change,
     relative_error,
 )
+from local_elasticity.impact.pairs.sweep import Contracted, prepare
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
 from local_elasticity.impact.problem import Problem
-from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.replay import finite_step
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 CLASSES = ("cross_entropy", "nll_loss")
 INDEPENDENT = (

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag
+from local_elasticity.base.errors import NoiseWarning
 from local_elasticity.base.tensors import check_module
-from local_elasticity.errors import NoiseWarning
 from local_elasticity.impact import checks
 from local_elasticity.impact.choice import choose
 from local_elasticity.impact.linear import measure_linear
@@ -23,8 +23,8 @@ from local_elasticity.impact.problem import LossFunction, Problem, all_converted
 from local_elasticity.impact.replay import measure_replay
 from local_elasticity.impact.subject import Mode, preserved
 from local_elasticity.impact.trimming import trimmed
+from local_elasticity.impact.update import Update
 from local_elasticity.impact.wrappers import check_alone, inner_module
-from local_elasticity.updates import Update
 
 Engine = Literal["auto", "replay", "linear"]
 Outputs = Literal["logits", "probabilities", "values"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 FEWER = (
     "take fewer sources or targets at once, measure_tiles for a matrix on disk, or a smaller max_memory or chunk_size"

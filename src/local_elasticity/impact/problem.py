@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from local_elasticity.base.errors import USER_ERRORS, InputError
 from local_elasticity.base.tensors import check_fits, refusal_of_inputs, refusal_of_loss
-from local_elasticity.errors import USER_ERRORS, InputError
 from local_elasticity.impact.checks import check_labels, check_output
 from local_elasticity.impact.losses import (
     cancelling_class_weights,
@@ -30,7 +30,7 @@ from local_elasticity.impact.losses import (
 )
 from local_elasticity.impact.shadows import private
 from local_elasticity.impact.subject import Subject
-from local_elasticity.updates import Step
+from local_elasticity.impact.update import Step
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Gradients = list[Tensor | None]

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.impact.checks import check_sources
 from local_elasticity.impact.measurement import Impact, measure
 from local_elasticity.impact.problem import LossFunction, match_rows
+from local_elasticity.impact.update import Update
 from local_elasticity.impact.wrappers import inner_module
-from local_elasticity.updates import Update
 
 _BY_SOURCE = ("after", "change", "source_before", "source_after", "source_change", "losses")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.errors import USER_ERRORS, InputError, first_line
-from local_elasticity.impact.linear import Result, first_order_change, relative_error
+from local_elasticity.base.errors import USER_ERRORS, InputError, first_line
+from local_elasticity.base.progress import Progress
+from local_elasticity.impact.first_order import Result, first_order_change, relative_error
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
 from local_elasticity.impact.problem import Gradients, Problem, close
-from local_elasticity.impact.progress import Progress
 
 VMAP_BYTES = 256 * 2**20  # without max_memory, more than this in copies of the weights is not made by vmap
 VMAP_CHUNK = 32

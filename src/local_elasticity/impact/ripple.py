@@ -15,15 +15,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.progress import Progress
 from local_elasticity.base.tensors import check_module
-from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
 from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import LossFunction, Problem
-from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import Mode, preserved
+from local_elasticity.impact.update import SGD
 from local_elasticity.impact.wrappers import inner_module
-from local_elasticity.updates import SGD
 
 START, FACTOR, MOST = 1e-6, 3.0, 1e4
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from local_elasticity.base.arithmetic import exact_float32
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.reach import Place, Reach, substituted
 from local_elasticity.base.streams import (
     Draws,
@@ -26,8 +28,6 @@ from local_elasticity.base.streams import (
     random_state,
     set_random_state,
 )
-from local_elasticity.errors import InputError
-from local_elasticity.impact.arithmetic import exact_float32
 from local_elasticity.impact.shadows import Shadows, overlapping, private, same_part, share_memory
 
 Mode = Literal["eval", "train", "as_is"]

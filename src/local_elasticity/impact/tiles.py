@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from local_elasticity.base.checks import check_choice, check_flag, check_path, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import discard, leftover_of, told_of_disk
 from local_elasticity.base.locks import Lock
+from local_elasticity.base.progress import Progress
 from local_elasticity.base.tensors import check_module
-from local_elasticity.errors import InputError
 from local_elasticity.impact import checks
-from local_elasticity.impact.contracted import loss_factors
-from local_elasticity.impact.contraction import contract
 from local_elasticity.impact.measurement import measure
+from local_elasticity.impact.pairs.products import contract
+from local_elasticity.impact.pairs.sweep import loss_factors
 from local_elasticity.impact.plan import told_of_memory
 from local_elasticity.impact.problem import LossFunction, Problem, match_rows
-from local_elasticity.impact.progress import Progress
 from local_elasticity.impact.subject import preserved
+from local_elasticity.impact.update import SGD, Update
 from local_elasticity.impact.wrappers import inner_module
-from local_elasticity.updates import SGD, Update
 
 if TYPE_CHECKING:
     import xarray

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from local_elasticity.impact.layers import live_taps
+from local_elasticity.impact.pairs.rules import live_taps
 from local_elasticity.impact.problem import Problem
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

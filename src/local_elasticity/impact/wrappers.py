@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 

@@ -2,9 +2,10 @@
 
 from local_elasticity.lesde.direct import ImpactMatrix, impact_matrix
 from local_elasticity.lesde.drift import DRIFTS, Drift, Modes, register, simplex
-from local_elasticity.lesde.estimate import Fit, estimate
+from local_elasticity.lesde.estimation.estimate import Fit, estimate
 from local_elasticity.lesde.model import LESDE
-from local_elasticity.lesde.separability import PhaseDiagram, cover_probability, phase_diagram, separable
+from local_elasticity.lesde.phase_diagram import PhaseDiagram, phase_diagram
+from local_elasticity.lesde.separability import cover_probability, separable
 
 __all__ = [
     "DRIFTS",

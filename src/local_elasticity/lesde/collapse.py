@@ -16,7 +16,7 @@ from local_elasticity.lesde import exact
 from local_elasticity.lesde.drift import simplex
 
 if TYPE_CHECKING:
-    from local_elasticity.lesde.model import LESDE
+    from local_elasticity.lesde.equation import Equation
 
 _FALLING = 0.01  # share of B that must be gained over the second half of the time, for B to count as falling
 Times = Float[np.ndarray, " times"]
@@ -55,7 +55,7 @@ class Collapse:
     reason: str
 
 
-def collapse(sde: LESDE, t: Any) -> Collapse:
+def collapse(sde: Equation, t: Any) -> Collapse:
     """Metrics at ``t`` and the prediction; see `LESDE.collapse`."""
     times, _ = sde._times(t)
     k, p = sde.means.shape
@@ -89,11 +89,11 @@ def collapse(sde: LESDE, t: Any) -> Collapse:
     )
 
 
-def _has_rate(sde: LESDE) -> bool:
+def _has_rate(sde: Equation) -> bool:
     return sde.drift.name == "logits" and sde.modes is not None
 
 
-def _nc1(sde: LESDE, t: Times, centred: np.ndarray, log_scale: Times) -> Times:
+def _nc1(sde: Equation, t: Times, centred: np.ndarray, log_scale: Times) -> Times:
     spent = exact.spent_noise(sde, t)
     k = sde.n_classes
     if sde.acts_on == "own":
@@ -109,7 +109,7 @@ def _nc1(sde: LESDE, t: Times, centred: np.ndarray, log_scale: Times) -> Times:
     return np.einsum("tab,tba->t", within, inverse) / k * np.exp(scale - 2 * log_scale)
 
 
-def _verdict(sde: LESDE, t: Times, a: Times, b: Times) -> tuple[bool, str, str]:
+def _verdict(sde: Equation, t: Times, a: Times, b: Times) -> tuple[bool, str, str]:
     k = sde.n_classes
     if sde.drift.name == "isotropic":
         return False, "right", "the isotropic drift rescales the centred class means by one factor: angles never change"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from local_elasticity.base.checks import check_choice, check_fraction, check_labels, check_seed, check_whole, in_words
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.drift import simplex
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def impact_matrix(
     Raises:
         InputError: for labels that do not fit, or a drift that the outputs do not have.
     """
-    from local_elasticity.classes import _classes
+    from local_elasticity.similarity.tables import _classes
 
     _check_impact(impact)
     n_boot, seed = check_whole("n_boot", n_boot, 0), check_seed("seed", seed)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from local_elasticity.base.checks import check_instance, check_text, check_whole, in_words
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.lesde.arrays import to_numpy
 
 Pair = tuple[float, float]  # multiples of alpha and of beta

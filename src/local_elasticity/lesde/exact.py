@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.panels import Panels, cut, scan
 from local_elasticity.lesde.rates import Rate
 
 if TYPE_CHECKING:
-    from local_elasticity.lesde.model import LESDE
+    from local_elasticity.lesde.equation import Equation
 
 Times = Float[np.ndarray, " times"]
 _RTOL, _ATOL = 1e-11, 1e-13  # of the integrator for drifts without closed form
@@ -61,7 +61,7 @@ class Scaled:
 # --- means ---------------------------------------------------------------------------------------------------------
 
 
-def mean(sde: LESDE, t: Times) -> Scaled:
+def mean(sde: Equation, t: Times) -> Scaled:
     """Class means (T, K, p) at any times."""
     modes = sde.modes
     if modes is None:
@@ -75,26 +75,26 @@ def mean(sde: LESDE, t: Times) -> Scaled:
     return Scaled(values, log_scale[panels.at])
 
 
-def _panels(sde: LESDE, t: Times) -> Panels:
+def _panels(sde: Equation, t: Times) -> Panels:
     modes = sde.modes
     exponents = [] if modes is None else [*modes.exponents, *(rate for _, rate in modes.driven)]
     weights = np.array([[a, b, 0.0] for a, b in exponents]).reshape(-1, 3)
     return cut((sde.alpha, sde.beta, sde.noise.variance), weights, sde.start, t)
 
 
-def exponents(sde: LESDE, t: Times) -> Float[np.ndarray, "exponents times"]:
+def exponents(sde: Equation, t: Times) -> Float[np.ndarray, "exponents times"]:
     """Integral of each mode's rate from the start to ``t``."""
     panels = _panels(sde, t)
     return panels.cumulative(_mode_rates(sde, panels))[:, panels.at]
 
 
-def integral(sde: LESDE, t: Times) -> Float[np.ndarray, "3 times"]:
+def integral(sde: Equation, t: Times) -> Float[np.ndarray, "3 times"]:
     """Integrals of alpha, beta and the noise's variance from the start to ``t``: A, B and the spent noise."""
     panels = _panels(sde, t)
     return panels.cumulative(panels.rates)[:, panels.at]
 
 
-def gap_integral(sde: LESDE, t: Times) -> Times:
+def gap_integral(sde: Equation, t: Times) -> Times:
     """Integral of the smallest eigenvalue of E, min(alpha - beta, alpha + (K-1) beta)."""
     k = sde.n_classes
 
@@ -109,12 +109,12 @@ def gap_integral(sde: LESDE, t: Times) -> Times:
     return panels.cumulative(panels.rates[0])[panels.at]
 
 
-def _mode_rates(sde: LESDE, panels: Panels) -> Float[np.ndarray, "exponents panels nodes"]:
+def _mode_rates(sde: Equation, panels: Panels) -> Float[np.ndarray, "exponents panels nodes"]:
     assert sde.modes is not None
     return np.tensordot(np.array(sde.modes.exponents), panels.rates[:2], 1)
 
 
-def _driving_rates(sde: LESDE, panels: Panels) -> Float[np.ndarray, "driven panels nodes"]:
+def _driving_rates(sde: Equation, panels: Panels) -> Float[np.ndarray, "driven panels nodes"]:
     assert sde.modes is not None
     weights = np.array([rate for _, rate in sde.modes.driven]).reshape(-1, 2)
     return np.tensordot(weights, panels.rates[:2], 1)
@@ -132,7 +132,7 @@ class _Chain:
     drive: np.ndarray  # (D, P, m)
 
 
-def _chain(sde: LESDE, panels: Panels, scaled: bool = True) -> _Chain:
+def _chain(sde: Equation, panels: Panels, scaled: bool = True) -> _Chain:
     rates = _mode_rates(sde, panels)
     rise = panels.whole(rates)
     total = np.concatenate([np.zeros((len(rates), 1)), np.cumsum(rise, axis=1)], axis=1)
@@ -140,7 +140,7 @@ def _chain(sde: LESDE, panels: Panels, scaled: bool = True) -> _Chain:
     return _Chain(rates, panels.partial(rates), rise, total, scale, _driving_rates(sde, panels))
 
 
-def _responses(sde: LESDE, panels: Panels) -> tuple[Float[np.ndarray, "functions edges"], Times]:
+def _responses(sde: Equation, panels: Panels) -> tuple[Float[np.ndarray, "functions edges"], Times]:
     """Every f_a at every edge, over exp(scale)."""
     assert sde.modes is not None
     c = _chain(sde, panels)
@@ -159,7 +159,7 @@ def _responses(sde: LESDE, panels: Panels) -> tuple[Float[np.ndarray, "functions
 # --- second moments ------------------------------------------------------------------------------------------------
 
 
-def covariance(sde: LESDE, t: Times, n: int) -> Scaled:
+def covariance(sde: Equation, t: Times, n: int) -> Scaled:
     """Covariance (T, K p, K p) of the means of n samples a class."""
     if sde.modes is None:
         return _integrated_covariance(sde, t, n)
@@ -183,7 +183,7 @@ def _block_product(blocks: Float[np.ndarray, "k p p"], matrix: Float[np.ndarray,
     return (blocks @ matrix.reshape(k, p, -1)).reshape(matrix.shape)
 
 
-def operators(sde: LESDE) -> dict[int, Float[np.ndarray, "kp kp"]]:
+def operators(sde: Equation) -> dict[int, Float[np.ndarray, "kp kp"]]:
     """The matrices D_a of the closed form that are not 0."""
     assert sde.modes is not None
     k, p = sde.means.shape
@@ -193,7 +193,7 @@ def operators(sde: LESDE) -> dict[int, Float[np.ndarray, "kp kp"]]:
 
 
 def _moments(
-    sde: LESDE, panels: Panels, resets: np.ndarray | None = None, scaled: bool = True
+    sde: Equation, panels: Panels, resets: np.ndarray | None = None, scaled: bool = True
 ) -> tuple[Float[np.ndarray, "functions functions edges"], Times]:
     """Second moments of the f_a driven by one white noise of the noise's variance, over exp(2 scale), at the edges.
 
@@ -247,7 +247,7 @@ def _pair(values: np.ndarray, pair: tuple[int, int], n_exp: int, shape: tuple[in
     return sum((values[at] for at in pair if at < n_exp), np.zeros(shape))
 
 
-def spent_noise(sde: LESDE, t: Times) -> Times:
+def spent_noise(sde: Equation, t: Times) -> Times:
     """Integral of the noise's variance from the start to ``t``."""
     panels = cut((sde.noise.variance,), np.zeros((1, 1)), sde.start, t)
     return panels.cumulative(panels.rates[0])[panels.at]
@@ -256,13 +256,13 @@ def spent_noise(sde: LESDE, t: Times) -> Times:
 # --- drifts without closed form ------------------------------------------------------------------------------------
 
 
-def matrix(sde: LESDE, t: float) -> Float[np.ndarray, "kp kp"]:
+def matrix(sde: Equation, t: float) -> Float[np.ndarray, "kp kp"]:
     """M(t), whose block (k, l) is pi_l E_kl(t) H[k, l]."""
     own, other = sde.drift_matrices
     return sde.alpha(np.array(t)) * own + sde.beta(np.array(t)) * other
 
 
-def _stretches(sde: LESDE, t: Times) -> Iterator[tuple[float, float, bool]]:
+def _stretches(sde: Equation, t: Times) -> Iterator[tuple[float, float, bool]]:
     """From time to time, cut where a solution could grow beyond e^50; True where a time asked for is reached."""
     ends = np.unique(t[t > sde.start])
     panels = cut((sde.alpha, sde.beta), np.zeros((1, 2)), sde.start, ends)
@@ -278,7 +278,7 @@ def _stretches(sde: LESDE, t: Times) -> Iterator[tuple[float, float, bool]]:
             begin, level = edge, growth[edge]
 
 
-def _solve(sde: LESDE, derivative, begin: float, end: float, state: np.ndarray) -> np.ndarray:
+def _solve(sde: Equation, derivative, begin: float, end: float, state: np.ndarray) -> np.ndarray:
     moved = np.abs(derivative(begin, state)).max(initial=0.0) * (end - begin)
     scale = max(float(np.abs(state).max(initial=0.0)), float(moved)) or 1.0
     from scipy.integrate import solve_ivp
@@ -291,7 +291,7 @@ def _solve(sde: LESDE, derivative, begin: float, end: float, state: np.ndarray) 
     return solved.y[:, -1]
 
 
-def _integrated_mean(sde: LESDE, t: Times) -> Scaled:
+def _integrated_mean(sde: Equation, t: Times) -> Scaled:
     def derivative(time: float, state: np.ndarray) -> np.ndarray:
         return matrix(sde, time) @ state
 
@@ -308,7 +308,7 @@ def _integrated_mean(sde: LESDE, t: Times) -> Scaled:
     return Scaled(values, np.array([level for _, level in pairs]))
 
 
-def _integrated_covariance(sde: LESDE, t: Times, n: int) -> Scaled:
+def _integrated_covariance(sde: Equation, t: Times, n: int) -> Scaled:
     k, p = sde.means.shape
     size = k * p
     spread = _dense(sde.noise.shape)
@@ -355,7 +355,7 @@ class Transitions:
     noise: Times
 
 
-def transitions(sde: LESDE, t: Times) -> Transitions:
+def transitions(sde: Equation, t: Times) -> Transitions:
     """Transitions between increasing times.
 
     Raises:
@@ -372,7 +372,7 @@ def transitions(sde: LESDE, t: Times) -> Transitions:
     return found
 
 
-def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
+def _closed_transitions(sde: Equation, t: Times) -> Transitions:
     assert sde.modes is not None
     panels = _panels(sde, t)
     size = sde.means.size
@@ -402,7 +402,7 @@ def _closed_transitions(sde: LESDE, t: Times) -> Transitions:
     return Transitions(carry, (spread + spread.transpose(0, 2, 1)) / 2, noise)
 
 
-def _integrated_transitions(sde: LESDE, t: Times) -> Transitions:
+def _integrated_transitions(sde: Equation, t: Times) -> Transitions:
     size = sde.means.size
     spread = _dense(sde.noise.shape)
 

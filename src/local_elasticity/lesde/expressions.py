@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.arrays import to_numpy
 from local_elasticity.lesde.rates import Kind, Rate, as_rate
 

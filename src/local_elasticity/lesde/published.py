@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from jaxtyping import Float
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 WINDOWS = {"geomnist": 151, "cifar": 551, "simulation": 21}  # of the Savitzky-Golay derivatives
 TAIL = 1000  # iterations of which the tail index is the mean

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from local_elasticity.base.checks import in_words, plain_array
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.arrays import to_numpy
 
 Kind = Literal["linear", "step"]

@@ -17,15 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from local_elasticity.base.checks import check_choice, check_flag, check_real, check_whole, in_words, is_whole
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.progress import Progress
 from local_elasticity.base.tensors import check_callable, check_device
-from local_elasticity.errors import InputError
-from local_elasticity.impact.progress import Progress
 from local_elasticity.lesde import exact
 from local_elasticity.lesde.arrays import Array, Like, to_numpy
 from local_elasticity.lesde.noise import root
 
 if TYPE_CHECKING:
-    from local_elasticity.lesde.model import LESDE
+    from local_elasticity.lesde.equation import Equation
 
 Method = Literal["exact", "discrete", "euler-maruyama", "published"]
 Keep = Literal["clouds", "means", "statistics"]
@@ -77,7 +77,7 @@ class _Request:
 
 
 def sample(
-    sde: LESDE,
+    sde: Equation,
     t: Any,
     n_per_class: int,
     n_paths: int,
@@ -124,7 +124,7 @@ def sample(
     return _collect(sde, request, like, makers[method](), method, progress)
 
 
-def _increasing(sde: LESDE, t: Any) -> tuple[Times, Like]:
+def _increasing(sde: Equation, t: Any) -> tuple[Times, Like]:
     times, like = sde._times(t)
     if (np.diff(times) <= 0).any():
         raise InputError(expected="save points that increase", got="some that do not", do="sort them, each once")
@@ -153,7 +153,7 @@ def _as(like: Like, tensor: Tensor) -> Array:
 # --- collecting --------------------------------------------------------------------------------------------------
 
 
-def _collect(sde: LESDE, request: _Request, like: Like, pieces: Iterator[Any], method: str, progress: bool) -> Any:
+def _collect(sde: Equation, request: _Request, like: Like, pieces: Iterator[Any], method: str, progress: bool) -> Any:
     """Put pieces (which paths, save point, class means, deviations or covariance) together."""
     k, p = sde.means.shape
     shape = (request.paths, request.t.size, k)
@@ -189,7 +189,7 @@ def _kept(keep: Keep, z: Tensor) -> Tensor | None:
     return second - mean[..., :, None] * mean[..., None, :]
 
 
-def _chunks(sde: LESDE, request: _Request) -> Iterator[slice]:
+def _chunks(sde: Equation, request: _Request) -> Iterator[slice]:
     """Groups of paths whose clouds fit the cache; the draws depend on this, hence not on the machine."""
     k, p = sde.means.shape
     each = k * p * (request.n if request.keep != "means" else 1)
@@ -201,7 +201,7 @@ def _chunks(sde: LESDE, request: _Request) -> Iterator[slice]:
 class _Clouds:
     """Deviations from the class means of a chunk of paths: integrated noise."""
 
-    def __init__(self, sde: LESDE, request: _Request, paths: int) -> None:
+    def __init__(self, sde: Equation, request: _Request, paths: int) -> None:
         self.request = request
         k, p = sde.means.shape
         self.kept = request.keep != "means"
@@ -226,7 +226,7 @@ class _Clouds:
         return _kept(self.request.keep, self.z)
 
 
-def _start(sde: LESDE, request: _Request, paths: int, n: int) -> Tensor:
+def _start(sde: Equation, request: _Request, paths: int, n: int) -> Tensor:
     """Means of n samples a class at the start, (paths, K p)."""
     k, p = sde.means.shape
     spread = request.tensor(root(sde.initial_covariance) / np.sqrt(n))
@@ -236,7 +236,7 @@ def _start(sde: LESDE, request: _Request, paths: int, n: int) -> Tensor:
 # --- exact -------------------------------------------------------------------------------------------------------
 
 
-def _exact(sde: LESDE, request: _Request) -> Iterator[Any]:
+def _exact(sde: Equation, request: _Request) -> Iterator[Any]:
     steps = exact.transitions(sde, request.t)
     roots = root(steps.spread)
     own = sde.acts_on == "own"
@@ -257,7 +257,7 @@ def _exact(sde: LESDE, request: _Request) -> Iterator[Any]:
 
 
 def _own(
-    sde: LESDE,
+    sde: Equation,
     request: _Request,
     which: slice,
     move: Callable[[int, Tensor], Tensor],
@@ -279,7 +279,7 @@ def _own(
 # --- the discrete recursion --------------------------------------------------------------------------------------
 
 
-def _discrete(sde: LESDE, request: _Request, step: float) -> Iterator[Any]:
+def _discrete(sde: Equation, request: _Request, step: float) -> Iterator[Any]:
     """X_i^k += h E_{k,L} H_{k,L} X_J^L + sqrt(h) zeta_i^k, with class L and sample J drawn at each step.
 
     All samples of a class move alike apart from their own noise; a sample's noise is drawn when it is looked at, with
@@ -358,7 +358,7 @@ def _velocity_at(velocity: Velocity, t: float, means: Tensor) -> Tensor:
     return move
 
 
-def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity | None) -> Iterator[Any]:
+def _euler(sde: Equation, request: _Request, step: float | None, velocity: Velocity | None) -> Iterator[Any]:
     """X += h M(t) Xbar + sqrt(h) Sigma^(1/2) xi, with steps of at most ``step`` that hit the save points."""
     begins = np.append(sde.start, request.t[:-1])
     step = float(request.t[-1] - sde.start) / 1000 if step is None else float(step)
@@ -401,7 +401,7 @@ def _euler(sde: LESDE, request: _Request, step: float | None, velocity: Velocity
 # --- the authors' recursion --------------------------------------------------------------------------------------
 
 
-def published_responses(sde: LESDE, t: Times) -> Float[np.ndarray, "times functions"]:
+def published_responses(sde: Equation, t: Times) -> Float[np.ndarray, "times functions"]:
     """The f_a of the authors' forward Euler recursion with h = 1: cumulative products and sums, no loop."""
     k = sde.n_classes
     if sde.drift.name != "logits" or sde.modes is None:
@@ -427,7 +427,7 @@ def published_responses(sde: LESDE, t: Times) -> Float[np.ndarray, "times functi
     return f
 
 
-def _published_basis(sde: LESDE, starts: np.ndarray) -> np.ndarray:
+def _published_basis(sde: Equation, starts: np.ndarray) -> np.ndarray:
     assert sde.modes is not None
     _, common, _, along_own, along_all = sde.modes.apply
     assert common is not None
@@ -436,7 +436,7 @@ def _published_basis(sde: LESDE, starts: np.ndarray) -> np.ndarray:
     return np.stack([starts, common(starts), along_own(starts), along_all(starts)], axis=-3)
 
 
-def published(sde: LESDE, request: _Request, starts: Any, out: Any) -> Tensor | Any:
+def published(sde: Equation, request: _Request, starts: Any, out: Any) -> Tensor | Any:
     """Forward Euler with h = 1 and alpha(m) in the step into m, no noise but that of the starts."""
     if request.keep != "means":
         raise InputError(expected='keep="means"', got=repr(request.keep), do="the authors simulate class means only")
@@ -472,7 +472,7 @@ def published(sde: LESDE, request: _Request, starts: Any, out: Any) -> Tensor | 
     return result if out is None else out
 
 
-def published_moments(sde: LESDE, t: Any) -> tuple[Array, Array]:
+def published_moments(sde: Equation, t: Any) -> tuple[Array, Array]:
     """Mean and standard deviation, (T, K, K), of the authors' recursion over its random starts, without any trial."""
     times, like = _increasing(sde, t)
     f = published_responses(sde, times)

@@ -15,15 +15,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from local_elasticity.base.checks import (
-    check_array,
     check_choice,
     check_flag,
     check_fraction,
     check_seed,
     check_whole,
 )
-from local_elasticity.errors import InputError
-from local_elasticity.impact.progress import Progress
+from local_elasticity.base.drawing import drawn
+from local_elasticity.base.errors import InputError
+from local_elasticity.base.progress import Progress
 from local_elasticity.lesde import exact
 from local_elasticity.lesde.arrays import to_numpy
 from local_elasticity.lesde.noise import root
@@ -31,7 +31,7 @@ from local_elasticity.lesde.noise import root
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from local_elasticity.lesde.model import LESDE
+    from local_elasticity.lesde.equation import Equation
 
 Gamma = Literal["gap", "lambda_min"]
 Times = Float[np.ndarray, " times"]
@@ -104,9 +104,7 @@ class Separability:
 
     def plot(self, **options: Any) -> Figure:
         """Probability over time, with log R beneath."""
-        from local_elasticity.report.sde import separability_figure
-
-        return separability_figure(self, **options)
+        return drawn("sde.separability_figure", self, **options)
 
 
 # --- two clouds --------------------------------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def binomial_interval(
 
 
 def clouds_at(
-    sde: LESDE, t: Times, n_per_class: int, n_paths: int, generator: np.random.Generator
+    sde: Equation, t: Times, n_per_class: int, n_paths: int, generator: np.random.Generator
 ) -> list[Float[np.ndarray, "paths k n p"]]:
     """Clouds at each time, from their law at that time, each divided by its own common factor against overflow."""
     k, p = sde.means.shape
@@ -232,7 +230,7 @@ def clouds_at(
 
 
 def separability(
-    sde: LESDE,
+    sde: Equation,
     t: Any,
     n_per_class: int = 50,
     n_paths: int = 100,
@@ -287,7 +285,7 @@ def separability(
 # --- theory ------------------------------------------------------------------------------------------------------
 
 
-def theory(sde: LESDE, t: Any, n_per_class: int, gamma: Gamma = "gap") -> Theory:
+def theory(sde: Equation, t: Any, n_per_class: int, gamma: Gamma = "gap") -> Theory:
     """R(t) and its limit, read from the last decade of the times.
 
     Args:
@@ -332,7 +330,7 @@ def theory(sde: LESDE, t: Any, n_per_class: int, gamma: Gamma = "gap") -> Theory
     )
 
 
-def _check_definite(sde: LESDE) -> None:
+def _check_definite(sde: Equation) -> None:
     k, p = sde.means.shape
     h = sde.drift.blocks.transpose(0, 2, 1, 3).reshape(k * p, k * p)
     lowest, diagonal = float(np.linalg.eigvalsh((h + h.T) / 2).min()), float(np.diag(h).min())
@@ -345,18 +343,18 @@ def _check_definite(sde: LESDE) -> None:
         )
 
 
-def _gap(sde: LESDE, t: Times, gamma: Gamma) -> Times:
+def _gap(sde: Equation, t: Times, gamma: Gamma) -> Times:
     a, b = sde.alpha(t), sde.beta(t)
     return a - b if gamma == "gap" else np.minimum(a - b, a + (sde.n_classes - 1) * b)
 
 
-def _variance(sde: LESDE, t: Times) -> Times:
+def _variance(sde: Equation, t: Times) -> Times:
     parts = [np.einsum("kpp->", c) / sde.means.size for c in (sde.initial_covariance, sde.noise.shape)]
     spent = exact.spent_noise(sde, t)
     return np.maximum(parts[0] + spent * parts[1], np.finfo(float).tiny)
 
 
-def _log_ratio(sde: LESDE, t: Times, gamma: Gamma) -> Times:
+def _log_ratio(sde: Equation, t: Times, gamma: Gamma) -> Times:
     """Log R(t): twice the growth exponent of the gap of class means, less the log of the variance within."""
     a, b, _ = exact.integral(sde, t)
     k = sde.n_classes
@@ -398,103 +396,3 @@ def _limit(
     if abs(slope) < _WINDOW:
         return "undecided", words
     return ("separable" if slope > 0 else "not separable"), words
-
-
-# --- phase diagram -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class PhaseDiagram:
-    """Probability that a pair is separable, over the tail exponent and scale of alpha - beta = c (1 + t)^-r.
-
-    Attributes:
-        exponents: r, (R,).
-        scales: c, (C,).
-        t: times, (T,).
-        probability: share of pairs, (R, C, T).
-        all_pairs: share of paths in which all pairs are separable, (R, C, T).
-        low: lower end of the interval of ``all_pairs``.
-        high: its upper end.
-        n_classes: K.
-        n_per_class: n.
-        n_paths: paths a cell.
-    """
-
-    exponents: Times
-    scales: Times
-    t: Times
-    probability: Float[np.ndarray, "r c t"]
-    all_pairs: Float[np.ndarray, "r c t"]
-    low: Float[np.ndarray, "r c t"]
-    high: Float[np.ndarray, "r c t"]
-    n_classes: int
-    n_per_class: int
-    n_paths: int
-
-    def plot(self, **options: Any) -> Figure:
-        """The diagram at the last time (``at=`` another index)."""
-        from local_elasticity.report.sde import phase_figure
-
-        return phase_figure(self, **options)
-
-
-def _grid(name: str, values: Any) -> Times:
-    grid = np.atleast_1d(check_array(name, values))
-    if grid.ndim != 1:
-        raise InputError(expected=f"{name}: a list of numbers", got=f"shape {grid.shape}", do="pass one dimension")
-    return grid
-
-
-def phase_diagram(
-    exponents: Any,
-    scales: Any,
-    t: Any,
-    *,
-    initial: Any = None,
-    n_classes: int = 3,
-    drift: Any = "isotropic",
-    sigma: Any = 0.1,
-    n_per_class: int = 50,
-    n_paths: int = 50,
-    seed: int = 0,
-    progress: bool = False,
-) -> PhaseDiagram:
-    """Sample separability over (r, c), with alpha = c (1 + t)^-r and beta = 0.
-
-    Args:
-        exponents: r.
-        scales: c.
-        t: times.
-        initial: class means; the unit vectors by default.
-        n_classes: K.
-        drift: as in `LESDE`.
-        sigma: as in `LESDE`.
-        n_per_class: samples a class.
-        n_paths: paths a cell.
-        seed: one generator runs through the whole diagram.
-        progress: show a bar.
-
-    Returns:
-        The diagram.
-
-    Raises:
-        InputError: for grids, counts or a model that are none.
-    """
-    from local_elasticity.lesde.model import LESDE
-
-    n_classes = check_whole("n_classes", n_classes, 2)
-    n_per_class, n_paths = check_whole("n_per_class", n_per_class), check_whole("n_paths", n_paths)
-    check_flag("progress", progress)
-    seed = check_seed("seed", seed)
-    r, c, times = (_grid(name, x) for name, x in (("exponents", exponents), ("scales", scales), ("t", t)))
-    start = np.eye(n_classes) if initial is None else initial
-    generator = np.random.default_rng(seed)
-    cells = np.empty((4, r.size, c.size, times.size))
-    with Progress(progress, r.size * c.size, "phase diagram") as bar:
-        for (i, exponent), (j, scale) in itertools.product(enumerate(r), enumerate(c)):
-            model = LESDE(lambda s, e=exponent, x=scale: x * (1 + s) ** -e, 0.0, n_classes, drift, sigma, start)
-            found = separability(model, times, n_per_class, n_paths, generator)
-            cells[:, i, j] = found.pair_probability, found.probability, found.low, found.high
-            bar.advance()
-    one, all_pairs, low, high = cells
-    return PhaseDiagram(r, c, times, one, all_pairs, low, high, n_classes, n_per_class, n_paths)

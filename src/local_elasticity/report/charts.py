@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from local_elasticity.lesde.estimate import Fit
+    from local_elasticity.lesde.estimation.estimate import Fit
 
 CLASS_COLOURS = (BLUE, *OTHERS)
 CLASS_LINES = ("-", *LINES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.report.reading import Reading, caption, read
 from local_elasticity.report.style import (
     SMALL,

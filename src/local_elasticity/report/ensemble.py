@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-    from local_elasticity.lesde.estimate import Fit
+    from local_elasticity.lesde.estimation.estimate import Fit
 
 LOW, HIGH = 0.1, 0.9  # quantiles over replicas that bound a band
 BAND = "line: median over replicas; band: the middle 80 % of them"
@@ -69,7 +69,7 @@ def read_ensemble(path: str | Path) -> EnsembleReading:
     Raises:
         InputError: when it is none.
     """
-    from local_elasticity.training.recording import open_ensemble
+    from local_elasticity.runs.ensembles import open_ensemble
 
     data = open_ensemble(path)
     kept = data["diverged"].values < 0
@@ -149,9 +149,9 @@ def collapse(reading: EnsembleReading) -> Figure | None:
 
 def fit_ensemble(path: str | Path, n_boot: int = 200) -> Fit | str:
     """The LE-SDE estimated from the log, or why it could not be."""
-    from local_elasticity.errors import IdentifiabilityWarning, InputError
-    from local_elasticity.lesde.estimate import estimate
-    from local_elasticity.lesde.recordings import read_recording
+    from local_elasticity.base.errors import IdentifiabilityWarning, InputError
+    from local_elasticity.lesde.estimation.estimate import estimate
+    from local_elasticity.lesde.estimation.recordings import read_recording
 
     try:
         found = read_recording(path)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from local_elasticity.lesde.estimate import Fit
+    from local_elasticity.lesde.estimation.estimate import Fit
 
 ORANGE = OTHERS[2]
 SHOWN = 2000  # points of a curve that a figure can show

@@ -18,7 +18,7 @@ from local_elasticity.base.checks import (
     in_words,
     make_folder,
 )
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 from local_elasticity.report.reading import (
     READABLE_CLASSES,
     STATISTICS,

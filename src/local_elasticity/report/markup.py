@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from local_elasticity.base.checks import check_path, in_short, in_words, make_folder
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 
 def write_page_text(path: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from local_elasticity.base.checks import check_place, in_words
-from local_elasticity.errors import InputError, missing_extra
+from local_elasticity.base.errors import InputError, missing_extra
 from local_elasticity.report.markup import embedded_figures, plain_words, read_part, template, write_page_text
 from local_elasticity.report.reading import (
     COUNTS,

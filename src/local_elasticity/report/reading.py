@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from local_elasticity.base.checks import in_words
-from local_elasticity.errors import InputError, nearest
+from local_elasticity.base.errors import InputError, nearest
 
 CELL_DIMS = ("step", "update", "definition", "source_class", "target_class")
 SUMMARY_DIMS = CELL_DIMS[:3]

@@ -21,7 +21,8 @@ from local_elasticity.report.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from local_elasticity.lesde.separability import PhaseDiagram, Separability
+    from local_elasticity.lesde.phase_diagram import PhaseDiagram
+    from local_elasticity.lesde.separability import Separability
 
 
 def paths_figure(

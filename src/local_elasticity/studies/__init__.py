@@ -1,20 +1,20 @@
 """The studies of the papers: one file each, and one line here."""
 
-from local_elasticity.studies.collapse_prediction import PREDICTION
-from local_elasticity.studies.dan2023_cifar10 import CIFAR10
-from local_elasticity.studies.dan2023_cifar100 import CIFAR100
-from local_elasticity.studies.dan2023_flows import FLOWS
-from local_elasticity.studies.dan2023_modern import MODERN
-from local_elasticity.studies.dan2023_regression import REGRESSION
-from local_elasticity.studies.dan2023_ridge import RIDGE
-from local_elasticity.studies.dan2023_svhn import SVHN
-from local_elasticity.studies.hesu2020_clustering import CLUSTERING
-from local_elasticity.studies.hesu2020_synthetic import SYNTHETIC
-from local_elasticity.studies.wang2021_classes import CLASSES
-from local_elasticity.studies.wang2021_corruption import CORRUPTION
-from local_elasticity.studies.wang2021_dynamics import DYNAMICS
-from local_elasticity.studies.wang2021_imitation import IMITATION
-from local_elasticity.studies.wang2021_size import SIZE
+from local_elasticity.studies.dan2023.cifar10 import CIFAR10
+from local_elasticity.studies.dan2023.cifar100 import CIFAR100
+from local_elasticity.studies.dan2023.flows import FLOWS
+from local_elasticity.studies.dan2023.modern import MODERN
+from local_elasticity.studies.dan2023.regression import REGRESSION
+from local_elasticity.studies.dan2023.ridge import RIDGE
+from local_elasticity.studies.dan2023.svhn import SVHN
+from local_elasticity.studies.hesu2020.clustering import CLUSTERING
+from local_elasticity.studies.hesu2020.synthetic import SYNTHETIC
+from local_elasticity.studies.own.collapse_prediction import PREDICTION
+from local_elasticity.studies.wang2021.classes import CLASSES
+from local_elasticity.studies.wang2021.corruption import CORRUPTION
+from local_elasticity.studies.wang2021.dynamics import DYNAMICS
+from local_elasticity.studies.wang2021.imitation import IMITATION
+from local_elasticity.studies.wang2021.size import SIZE
 
 STUDIES = {
     "collapse-prediction": PREDICTION,

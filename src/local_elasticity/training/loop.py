@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from local_elasticity.base.checkpoints import read_checkpoint, write_checkpoint
 from local_elasticity.base.checks import check_choice, check_flag, check_rate, check_seed, check_whole
+from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import discard
 from local_elasticity.base.streams import random_state, set_random_state
-from local_elasticity.errors import InputError
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.tracker import Look, Tracker
 

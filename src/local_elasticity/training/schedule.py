@@ -17,7 +17,7 @@ from local_elasticity.base.checks import (
     check_whole_list,
     is_whole,
 )
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 
 @dataclass(frozen=True)

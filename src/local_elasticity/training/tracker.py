@@ -31,33 +31,26 @@ from local_elasticity.base.checks import (
     in_words,
     is_whole,
 )
+from local_elasticity.base.errors import InputError, nearest
 from local_elasticity.base.files import told_of_disk
+from local_elasticity.base.progress import duration
 from local_elasticity.base.streams import kept_streams
 from local_elasticity.base.tensors import check_callable, check_module
-from local_elasticity.classes import ClassTable, by_class
 from local_elasticity.collapse import CLASSIFIER, GEOMETRY, PENULTIMATE, check_layers, layer_metrics
-from local_elasticity.errors import InputError, nearest
 from local_elasticity.impact import Impact, measure
 from local_elasticity.impact.checks import check_labels, check_sources, check_update
 from local_elasticity.impact.measurement import Outputs
 from local_elasticity.impact.problem import LossFunction
-from local_elasticity.impact.progress import duration
 from local_elasticity.impact.subject import Mode, preserved
+from local_elasticity.impact.update import Update
 from local_elasticity.impact.wrappers import check_alone, first_rank, inner_module
-from local_elasticity.runs import (
-    OUTPUTS,
-    MemoryStore,
-    Run,
-    Snapshot,
-    ZarrStore,
-    git_revision,
-    locate,
-    open_run,
-    versions,
-)
-from local_elasticity.similarity import at_limit, get_definition, is_built_in, movements
+from local_elasticity.runs.folders import locate
+from local_elasticity.runs.provenance import git_revision, versions
+from local_elasticity.runs.run import Run, open_run
+from local_elasticity.runs.stores import OUTPUTS, MemoryStore, Snapshot, ZarrStore
+from local_elasticity.similarity.definitions import at_limit, get_definition, is_built_in, movements
+from local_elasticity.similarity.tables import ClassTable, by_class
 from local_elasticity.training.schedule import Budget, Moment, Schedule, check_schedule, every
-from local_elasticity.updates import Update
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from local_elasticity.base.checks import check_choice, check_rate, check_real, in_words
-from local_elasticity.errors import InputError
+from local_elasticity.base.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from local_elasticity.base.errors import InputError, first_line
 from local_elasticity.base.streams import random_state, set_random_state
-from local_elasticity.errors import InputError, first_line
 from local_elasticity.impact.shadows import private
 from local_elasticity.impact.subject import preserved
 from local_elasticity.training.lockstep.chain import Chain, find_chain

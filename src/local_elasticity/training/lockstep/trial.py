@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from local_elasticity.base.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.base.reach import Reach
 from local_elasticity.base.tensors import try_loss, try_model
-from local_elasticity.errors import USER_ERRORS, InputError, first_line
 from local_elasticity.impact.problem import refuse_hidden_graph
 from local_elasticity.impact.subject import Subject, preserved
 from local_elasticity.training.lockstep.chain import find_chain

@@ -1,0 +1,1 @@
+"""Estimating the rates of the LE-SDE from recordings of training."""

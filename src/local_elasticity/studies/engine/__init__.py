@@ -1,0 +1,1 @@
+"""What runs, judges and writes studies, whatever they are about."""

@@ -1,0 +1,1 @@
+"""Studies of He and Su (arXiv:1910.06943)."""
