@@ -1,4 +1,4 @@
-"""The house: each room imports only from the rooms above it, there is no circle, and CONTRIBUTING shows the same list."""
+"""The house: a room imports only from rooms above it, there is no circle, and CONTRIBUTING shows the same list."""
 
 import ast
 import functools

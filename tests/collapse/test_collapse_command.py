@@ -18,6 +18,7 @@ def run(*arguments):
     return stopped.value.code
 
 
+@pytest.mark.exhaustive
 def test_track_follows_collapse_and_shows_it(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(*COMMAND, "--out", str(out)) == 0

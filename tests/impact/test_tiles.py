@@ -90,6 +90,7 @@ def test_a_store_of_something_else_is_refused(tmp_path):
         measure_tiles(model, *arguments, update=SGD(0.1), out=tmp_path / "q.zarr", engine="auto")
 
 
+@pytest.mark.exhaustive
 def test_tiles_spread_by_joblib(tmp_path):
     model, sources, targets = problem()
     settings = {"update": SGD(0.1), "tile": 5}

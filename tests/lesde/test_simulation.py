@@ -61,6 +61,7 @@ def run(*arguments):
     return status.value.code
 
 
+@pytest.mark.exhaustive
 def test_simulate_writes_what_it_says(tmp_path, capsys):
     out = tmp_path / "sde"
     assert run(*ALPHA, "--out", str(out)) == 0

@@ -31,6 +31,7 @@ def verdicts(folder):
     return {c["name"]: c["verdict"] for c in json.loads((folder / "claims.json").read_text())["claims"]}
 
 
+@pytest.mark.exhaustive
 def test_ridge_reproduces_the_stored_losses_and_finds_no_phases_as_defined(tmp_path, capsys, request):
     study = replace(RIDGE, draws=50)
     assert study.run_at(400, "test", tmp_path) == 1  # as defined there are no two phases: the paper's claim fails
@@ -93,6 +94,7 @@ def test_the_inelastic_phase_begins_when_the_last_coordinate_has_grown():
 TINY = Scale((BASE, Setting(data="linear")), seeds=5, updates=60, looks=9, sources=5, targets=12, samples=40)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("undrawn")
 def test_regression_runs_resumes_and_repeats(tmp_path, capsys):
     status = REGRESSION.run_at(TINY, "test", tmp_path / "a")

@@ -189,6 +189,7 @@ def test_claims_can_hold_and_fail():
     assert judged_on({"network": lambda d: -falling(d), "linear": folded}) == ["fails"] * 6
 
 
+@pytest.mark.exhaustive
 def test_runs_small_and_continues(tmp_path, monkeypatch, capsys):
     size = Scale(40, {"torus": 1024, "folded boxes": 512}, 30)
     status = SYNTHETIC.run_at(size, "test", tmp_path)

@@ -226,6 +226,7 @@ def test_studies_side_by_side_keep_their_logs(toys, monkeypatch):
     assert not Path("c/.tasks").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_list_needs_no_heavy_package():
     code = "import sys; from local_elasticity import cli; import local_elasticity.studies.engine.reproduction as r; "
     code += "r.show_list(False); print(sorted({'sklearn', 'statsmodels', 'matplotlib', 'ray'} & set(sys.modules)))"

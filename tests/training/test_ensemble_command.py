@@ -135,6 +135,7 @@ def test_estimate_leaves_out_what_diverged_and_takes_probes_without_a_log(tmp_pa
     assert read_ensemble(tmp_path / "run").diverged == 1
 
 
+@pytest.mark.exhaustive
 def test_report_writes_the_page_and_the_figures(folder, capsys):
     assert call("report", folder) == 0
     names = {path.name for path in (folder / "figures").glob("*.png")}
