@@ -16,6 +16,7 @@ from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies import STUDIES
 from local_elasticity.studies.engine import catalogue, overview, reproduction
 from local_elasticity.studies.engine.claims import Claim, status, write_claims
+from local_elasticity.studies.engine.study import Study
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Size:
     lr: float = 0.5
 
 
-class Toy:
+class Toy(Study):
     """A study that costs nothing, in the present form of registration."""
 
     title = "toy: a study for tests"
@@ -237,6 +238,8 @@ def test_the_list_needs_no_heavy_package():
 class Placed(Toy):
     """A study whose networks may lie elsewhere."""
 
+    options = frozenset({"device"})
+
     def run(self, scale, out, overwrite=False, device="cpu"):
         self.ran.append(device)
         return super().run(scale, out, overwrite)
@@ -290,3 +293,32 @@ def test_a_replay_needs_the_device_of_the_study(toys, capsys):
     assert "a device that torch can use here" in capsys.readouterr().err
     assert run("--from", "a", "--device", "cuda") == 2
     assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "able"),
+    [
+        (("--backend", "dask", "--jobs", "4", "--address", "127.0.0.1:1"), "single task"),
+        (("--jobs", "2"), "single task"),
+        (("--train-only",), "wang2021-dynamics"),
+        (("--so-far",), "dan2023-cifar10"),
+        (("--size", "points=3"), "--size"),
+    ],
+)
+def test_an_option_that_a_study_does_not_take_is_refused_before_the_work(words, able, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("dan2023-ridge", *words) == 2
+    said = capsys.readouterr().err
+    assert able in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_study_says_what_it_takes():
+    for name, study in STUDIES.items():
+        assert isinstance(study, Study), name
+        assert study.title.startswith(name)
+        assert set(study.cost) == {"small", "paper"}
+    assert {name for name, study in STUDIES.items() if "workers" in study.options} == {
+        "dan2023-cifar10", "dan2023-cifar100", "dan2023-modern", "dan2023-svhn",
+    }  # fmt: skip

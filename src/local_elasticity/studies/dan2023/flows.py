@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from local_elasticity.similarity.definitions import s_rel
 from local_elasticity.similarity.phases import Phases, find_phases
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept
+from local_elasticity.studies.engine.study import Study
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def exact(problem: Problem, t: Any, n: int | None = None) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class FlowStudy:
+class FlowStudy(Study):
     """S_rel of each flow through time, its phases, and the order at which SGD follows it.
 
     Attributes:
@@ -261,7 +262,7 @@ class FlowStudy:
     """
 
     title: str = "dan2023-flows: S_rel(t) of every solvable gradient flow, and the networks that follow it"
-    cost: dict[str, str] = field(default_factory=lambda: {"small": "30 s on 1 core", "paper": "3 min on 1 core"})
+    cost: Mapping[str, str] = field(default_factory=lambda: {"small": "30 s on 1 core", "paper": "3 min on 1 core"})
     twin_time: float = 0.8
     seed: int = 0
 

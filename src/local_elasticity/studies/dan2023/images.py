@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.dan2023.settings import DEFINITIONS, LIMIT, LIVE, MEASURE, PROBE, PROBES, Condition, Scale
 from local_elasticity.studies.dan2023.tables import record_so_far, tables_of
 from local_elasticity.studies.engine.pieces import kept
+from local_elasticity.studies.engine.study import Option, Study
 from local_elasticity.training.loop import Session, Training
 
 
@@ -292,7 +293,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class ImageStudy:
+class ImageStudy(Study):
     """The protocol of spec srel 3.1.
 
     Attributes:
@@ -322,6 +323,7 @@ class ImageStudy:
     probe_lr: float = 1e-4
     seed: int = 1234
     probes: tuple[str, ...] = PROBES
+    options: ClassVar[frozenset[Option]] = frozenset({"workers", "device", "so_far"})
 
     def run(
         self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None, device: str = "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from local_elasticity.similarity.definitions import s_rel
 from local_elasticity.similarity.phases import Phases, find_phases
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept
+from local_elasticity.studies.engine.study import Study
 
 SYNTHETIC = {"sine": 1, "sine-10": 10, "sine-100": 100, "teacher": 10, "linear": 10}
 REAL = ("diabetes", "fair")
@@ -214,7 +215,7 @@ def _look(model: nn.Module, x: Tensor, y: Tensor, sources: slice, targets: slice
 
 
 @dataclass(frozen=True)
-class RegressionStudy:
+class RegressionStudy(Study):
     """S_rel of MLPs through training, near and far pairs, over seeds.
 
     Attributes:
@@ -224,7 +225,7 @@ class RegressionStudy:
     """
 
     title: str = "dan2023-regression: S_rel of regression networks through training, near and far pairs"
-    cost: dict[str, str] = field(
+    cost: Mapping[str, str] = field(
         default_factory=lambda: {"small": "1 min on 1 core", "paper": "2 to 3 hours on 2 cores"}
     )
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from local_elasticity.runs.provenance import versions
 from local_elasticity.similarity.phases import Phases, find_phases
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept
+from local_elasticity.studies.engine.study import Study
 
 # The mean curve of the published figures, read off the images: (t, "inter" figure, "intraclass" figure). Both figures
 # are of pairs between the classes; they differ in their random pairs and initial weights.
@@ -41,7 +43,7 @@ DIVIDED_BY = 20  # the published average: a sum over 20 pairs divided by 20 squa
 
 
 @dataclass(frozen=True)
-class RidgeStudy:
+class RidgeStudy(Study):
     """The setting of spec srel 3.2.
 
     Attributes:
@@ -60,7 +62,7 @@ class RidgeStudy:
     """
 
     title: str = "dan2023-ridge: S_rel of one-hot ridge classification, as published and as defined"
-    cost: dict[str, str] = field(default_factory=lambda: {"small": "10 s on 1 core", "paper": "1 min on 1 core"})
+    cost: Mapping[str, str] = field(default_factory=lambda: {"small": "10 s on 1 core", "paper": "1 min on 1 core"})
     features: tuple[int, ...] = (10, 100)
     dim: int = 100
     per_class: int = 1000

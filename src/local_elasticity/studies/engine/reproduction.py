@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
@@ -21,9 +20,9 @@ from local_elasticity.base.parallel import Task, Workers, perform
 from local_elasticity.base.progress import duration
 from local_elasticity.runs.folders import STUDY_NOTE, clear_folder, holds_notes_only, is_ours
 from local_elasticity.runs.provenance import git_revision, versions
+from local_elasticity.studies.engine.study import Option, Study
 
 TIMINGS = Path(__file__).with_name("timings.json")
-DISK = 200 * 2**20  # bytes of a study that does not say how many it needs
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Order:
         return self.out or Path("runs") / f"{self.name}-{self.scale}{changed}"
 
 
-def studies() -> dict[str, Any]:
+def studies() -> dict[str, Study]:
     """Every study by its name."""
     from local_elasticity.studies import STUDIES
 
@@ -83,19 +82,19 @@ def run(order: Order) -> int:
     """Run, or continue, one study; its exit status.
 
     Raises:
-        InputError: for sizes that it does not have, a folder of other versions, too small a disk.
+        InputError: for options or sizes that it does not have, a folder of other versions, too small a disk.
     """
     study = studies()[order.name]
+    check_options(study, order)
     size = sized(study, order)
     folder = order.folder
     if not order.overwrite:
         check_versions(folder)
     check_disk(study, order, size, folder)
-    parameters = inspect.signature(study.run).parameters
-    extra: dict[str, Any] = {"workers": order.workers} if "workers" in parameters else {}
-    extra |= ensemble_options(study, order)
+    extra: dict[str, Any] = {key: value for key, value in order.ensembles.items() if value}
+    if "workers" in study.options:
+        extra["workers"] = order.workers
     if order.device != "cpu":
-        check_device(study, order)
         extra["device"] = order.device
     with Lock(folder / STUDY_NOTE), told_of_disk(folder):
         note = Note(folder, order)
@@ -112,7 +111,7 @@ def run(order: Order) -> int:
     return status
 
 
-def sized(study: Any, order: Order) -> Any:
+def sized(study: Study, order: Order) -> Any:
     """The size of the study with the changes made; None where nothing is changed.
 
     Raises:
@@ -120,14 +119,14 @@ def sized(study: Any, order: Order) -> Any:
     """
     if not order.sizes:
         return None
-    sizes = getattr(study, "sizes", None)
-    if sizes is None:
+    size = study.size(order.scale)
+    if size is None:
         raise InputError(
             expected="a study whose size can be changed",
             got=f"--size for {order.name}",
             do="leave --size out: it has the scales small and paper",
         )
-    size, changes = sizes[order.scale], {}
+    changes = {}
     kinds = {one.name: type(getattr(size, one.name)) for one in fields(size)}
     for name, text in order.sizes.items():
         key = name.replace("-", "_")
@@ -144,35 +143,36 @@ def sized(study: Any, order: Order) -> Any:
     return replace(size, **changes)
 
 
-def ensemble_options(study: Any, order: Order) -> dict[str, Any]:
-    """Options for a study that trains ensembles.
+def asked(order: Order) -> dict[Option, str]:
+    """The options that were given, as a person types them."""
+    workers, given = order.workers, [key for key, value in order.ensembles.items() if value]
+    words = f"--backend {workers.backend} --jobs {workers.jobs}" + (
+        f" --address {workers.address}" * bool(workers.address)
+    )
+    return {
+        **({} if workers.backend == "serial" else {"workers": words}),
+        **({} if order.device == "cpu" else {"device": f"--device {order.device}"}),
+        **({"trainings": " ".join(f"--{key.replace('_', '-')}" for key in given)} if given else {}),
+    }
+
+
+def check_options(study: Study, order: Order) -> None:
+    """Refuse what a study would not do, before the work.
 
     Raises:
-        InputError: for options that the study does not have.
+        InputError: naming the studies that take the option.
     """
-    given = {key: value for key, value in order.ensembles.items() if value}
-    if given and not getattr(study, "trains", False):
-        words = ", ".join(f"--{key.replace('_', '-')}" for key in given)
-        raise InputError(expected="a study of ensembles", got=f"{order.name} with {words}", do="leave it out")
-    return given
+    for option, words in asked(order).items():
+        if option not in study.options:
+            raise InputError(
+                expected=f"one of {_able(option)}" + (", which have several tasks" if option == "workers" else ""),
+                got=f"{order.name} with {words}" + (": it is a single task" if option == "workers" else ""),
+                do="leave it out",
+            )
 
 
-def takes_device(study: Any) -> bool:
-    """Whether a study trains networks that may lie elsewhere than in main memory."""
-    return "device" in inspect.signature(study.run).parameters
-
-
-def check_device(study: Any, order: Order) -> None:
-    """Refuse a device for a study that has no use for one.
-
-    Raises:
-        InputError: naming those that have.
-    """
-    if not takes_device(study):
-        able = ", ".join(name for name, one in sorted(studies().items()) if takes_device(one))
-        raise InputError(
-            expected=f"one of {able}", got=f"{order.name} with --device {order.device}", do="leave --device out"
-        )
+def _able(option: Option) -> str:
+    return ", ".join(name for name, one in sorted(studies().items()) if option in one.options)
 
 
 def check_versions(folder: Path) -> None:
@@ -194,14 +194,13 @@ def check_versions(folder: Path) -> None:
         )
 
 
-def check_disk(study: Any, order: Order, size: Any, folder: Path) -> None:
+def check_disk(study: Study, order: Order, size: Any, folder: Path) -> None:
     """Refuse what the disk has no room for.
 
     Raises:
         InputError: with the estimate and what is free.
     """
-    estimate = getattr(study, "estimated_bytes", None)
-    needed = DISK if estimate is None else estimate(order.scale, size, order.workers.jobs)
+    needed = study.estimated_bytes(order.scale, size, order.workers.jobs)
     place = folder.resolve()
     while not place.exists():
         place = place.parent
@@ -354,9 +353,9 @@ def reproduce(
             {},
             place / f"{name}-{scale}",
             overwrite,
-            workers,
-            (ensembles or {}) if getattr(known_studies[name], "trains", False) else {},
-            device if takes_device(known_studies[name]) else "cpu",
+            workers if "workers" in known_studies[name].options or scale == "small" else Workers(),
+            (ensembles or {}) if "trainings" in known_studies[name].options else {},
+            device if "device" in known_studies[name].options else "cpu",
         )
         for name in wanted
     ]
@@ -389,10 +388,9 @@ def so_far(names: Sequence[str], scale: str, sizes: Mapping[str, str], out: Path
     """
     wanted = chosen(names)
     study = studies()[wanted[0]]
-    if len(wanted) != 1 or not hasattr(study, "so_far"):
-        able = [name for name, one in studies().items() if hasattr(one, "so_far")]
+    if len(wanted) != 1 or "so_far" not in study.options:
         raise InputError(
-            expected=f"one of {', '.join(able)}", got=", ".join(wanted), do="leave --so-far out for other studies"
+            expected=f"one of {_able('so_far')}", got=", ".join(wanted), do="leave --so-far out for other studies"
         )
     order = Order(wanted[0], scale, sizes, out)
     return study.so_far(sized(study, order), scale, order.folder)
@@ -421,7 +419,7 @@ def _side_by_side(orders: Sequence[Order], place: Path, workers: Workers) -> dic
     shutil.rmtree(records, ignore_errors=True)  # a finished study says so itself
     inner = [replace(order, workers=Workers(), out=order.folder.resolve()) for order in orders]
     # Studies of ensembles share trainings, so that they go one after the other.
-    sharing = [order for order in inner if getattr(studies()[order.name], "trains", False)]
+    sharing = [order for order in inner if "trainings" in studies()[order.name].options]
     groups = [[order] for order in inner if order not in sharing] + ([sharing] if sharing else [])
     groups.sort(key=lambda group: -sum(cost_seconds(order.name, order.scale) or 0.0 for order in group))
     tasks = [Task(group[0].name, logged, (group,), records / f"{group[0].name}.json") for group in groups]
@@ -529,7 +527,7 @@ def cost_seconds(name: str, scale: str) -> float | None:
     return None if stored is None else float(stored["seconds"])
 
 
-def cost(name: str, study: Any, scale: str) -> str:
+def cost(name: str, study: Study, scale: str) -> str:
     """What a study costs: as it was here, as it was where timings were stored, or as its author says."""
     mine = read_note(Path("runs") / f"{name}-{scale}")
     if mine is not None and mine["status"] is not None:
@@ -537,7 +535,7 @@ def cost(name: str, study: Any, scale: str) -> str:
     stored = timings().get(name, {}).get(scale)
     if stored is not None:
         return f"{duration(stored['seconds'])}{'' if stored.get('measured', True) else ' (estimated)'}"
-    return str(getattr(study, "cost", {}).get(scale, "unknown"))
+    return str(study.cost.get(scale, "unknown"))
 
 
 # --- results that are kept -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from local_elasticity.base.progress import duration
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import Loss, loss_function, relative, s_ker_of, sigmoid_slope, symmetrised
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
+from local_elasticity.studies.engine.study import Study
 from local_elasticity.studies.hesu2020.networks import network, train
 
 WIDTH = 40960
@@ -285,7 +286,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ClusteringStudy:
+class ClusteringStudy(Study):
     """The study at its published settings.
 
     Attributes:
@@ -296,7 +297,7 @@ class ClusteringStudy:
     """
 
     title: str
-    cost: dict[str, str]
+    cost: Mapping[str, str]
     readers: dict[str, Callable[[int], Any]]
     pairs: dict[str, tuple[Pair, ...]] = field(default_factory=lambda: PAIRS)
 

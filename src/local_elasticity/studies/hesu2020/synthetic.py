@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import loss_function
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept
+from local_elasticity.studies.engine.study import Study
 from local_elasticity.studies.hesu2020.networks import network, train
 
 SEED = 666
@@ -131,7 +132,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class SyntheticStudy:
+class SyntheticStudy(Study):
     """The study at its published settings.
 
     Attributes:
@@ -142,7 +143,7 @@ class SyntheticStudy:
     """
 
     title: str
-    cost: dict[str, str]
+    cost: Mapping[str, str]
     lr: float = 1e-5
     seed: int = SEED
 

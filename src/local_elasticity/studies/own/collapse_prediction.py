@@ -8,9 +8,10 @@ networks did. How rates go on after the time is an assumption: three are tried, 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -250,7 +251,7 @@ class CollapseStudy(EnsembleStudy):
     """The rest of training foretold from its first part."""
 
     title = "collapse-prediction: class means, separability, NC1 and NC2 foretold from the first part of training"
-    cost: ClassVar = {"small": "2 min on 1 core", "paper": "12 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "2 min on 1 core", "paper": "12 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """Clean GeoMNIST."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from local_elasticity.lesde.estimation.estimate import Fit
 from local_elasticity.studies.engine.claims import Claim
@@ -24,7 +25,7 @@ class ClassesStudy(EnsembleStudy):
     """CIFAR-10 by number of classes."""
 
     title = "wang2021-classes: CIFAR-10 with 2 to 5 classes"
-    cost: ClassVar = {"small": "2 min on 1 core", "paper": "100 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "2 min on 1 core", "paper": "100 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """One training a number of classes."""

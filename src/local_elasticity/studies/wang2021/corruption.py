@@ -6,10 +6,10 @@ alpha - beta is predicted to vanish (spec lesde 2.5; C5, C6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -211,7 +211,7 @@ class CorruptionStudy(EnsembleStudy):
     """Ten rates of wrong labels on GeoMNIST."""
 
     title = "wang2021-corruption: wrong labels on GeoMNIST, tail exponents and where separation ends"
-    cost: ClassVar = {"small": "3 min on 1 core", "paper": "80 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "3 min on 1 core", "paper": "80 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """One training a rate."""

@@ -5,9 +5,10 @@ GeoMNIST and CIFAR-10 with three classes (arXiv:2110.05960, figures 1 and 3; spe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +166,7 @@ class DynamicsStudy(EnsembleStudy):
     """Clean training on both data sets."""
 
     title = "wang2021-dynamics: class means, A, B, alpha, beta of clean training, and the impact measured directly"
-    cost: ClassVar = {"small": "3 min on 1 core", "paper": "35 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "3 min on 1 core", "paper": "35 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """GeoMNIST and CIFAR-10 of three classes."""

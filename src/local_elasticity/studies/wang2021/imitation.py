@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -303,7 +303,7 @@ class ImitationStudy(EnsembleStudy):
     """Simulated class means against those of held-out networks."""
 
     title = "wang2021-imitation: the LE-SDE simulated from its estimates against held-out networks"
-    cost: ClassVar = {"small": "3 min on 1 core", "paper": "40 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "3 min on 1 core", "paper": "40 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """GeoMNIST and CIFAR-10 of three classes."""

@@ -5,10 +5,10 @@ GeoMNIST with 50 to 6,000 images a class, four fifths of them for training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class SizeStudy(EnsembleStudy):
     """Seven sizes of GeoMNIST, and the standard one."""
 
     title = "wang2021-size: GeoMNIST with 50 to 6,000 images a class"
-    cost: ClassVar = {"small": "2 min on 1 core", "paper": "70 min on 1 core"}
+    cost: Mapping[str, str] = {"small": "2 min on 1 core", "paper": "70 min on 1 core"}
 
     def needs(self, size: Size) -> list[Training]:
         """One training a size, and the standard one."""

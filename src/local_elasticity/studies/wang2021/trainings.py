@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from local_elasticity.runs.ensembles import NOTE, PROGRESS, is_ensemble, open_en
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.engine.claims import Claim, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept, read_arrays
+from local_elasticity.studies.engine.study import Option, Study
 from local_elasticity.training.ensemble.log import Ensemble
 from local_elasticity.training.ensemble.looks import due
 from local_elasticity.training.ensemble.train import train_ensemble
@@ -437,18 +438,17 @@ def corrupted(size: Size, rate: float) -> Training:
     return size.geomnist if rate == 0 else replace(size.geomnist, corruption=rate, replicas=size.corrupted, measured=0)
 
 
-class EnsembleStudy(ABC):
+class EnsembleStudy(Study):
     """A study that trains ensembles first, or finds them, and then analyses their records.
 
     Attributes:
         title: one line for lists.
         cost: time to expect at each scale.
-        trains: it takes ``trainings`` and ``train_only``.
     """
 
-    title: ClassVar[str]
-    cost: ClassVar[dict[str, str]]
-    trains: ClassVar[bool] = True
+    title: str
+    cost: Mapping[str, str]
+    options: ClassVar[frozenset[Option]] = frozenset({"trainings", "device"})
 
     @abstractmethod
     def needs(self, size: Size) -> list[Training]:
