@@ -24,6 +24,7 @@ from local_elasticity.runs.ensembles import is_ensemble
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.engine import reproduction
 from local_elasticity.studies.engine.pieces import kept
+from local_elasticity.studies.engine.study import Study
 from local_elasticity.training.ensemble import train as ensemble
 from local_elasticity.training.ensemble.store import EnsembleStore
 from local_elasticity.training.loop import Session, Training
@@ -165,10 +166,13 @@ def tile(folder: Path, announce):
     return {str(name): data[name].values for name in data.variables}
 
 
-class Study:
+class Toy(Study):
     """Two runs, each a task with a record, and arrays that are kept."""
 
-    def run(self, scale, out):
+    title = "toy: two runs"
+    cost = {"small": "1 s", "paper": "1 s"}  # noqa: RUF012
+
+    def run(self, scale, out, overwrite=False):
         prepare_folder(out, {"scale": scale}, overwrite=False)
         tasks = [Task(f"run {i}", piece, (out / f"run-{i}", i), out / f"run-{i}.json") for i in range(2)]
         perform(tasks)
@@ -185,7 +189,7 @@ def piece(folder: Path, number: int):
 def study(folder: Path, announce):
     """As ``local-elasticity reproduce``."""
     known = reproduction.studies
-    reproduction.studies = lambda: {"toy": Study()}
+    reproduction.studies = lambda: {"toy": Toy()}
     try:
         assert reproduction.run(reproduction.Order("toy", "small", out=folder / "toy")) == 0
     finally:

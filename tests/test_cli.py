@@ -51,7 +51,7 @@ def changed(options):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("local_elasticity.cli._finish", lambda run, out: 0)
+    monkeypatch.setattr("local_elasticity.cli.track.finish", lambda run, out: 0)
 
 
 @pytest.fixture

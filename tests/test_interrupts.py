@@ -100,7 +100,7 @@ def test_the_line_says_what_is_true_of_the_command(monkeypatch, capsys, words, e
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("local_elasticity.cli.app", interrupted)
+    monkeypatch.setattr("local_elasticity.cli.entry.app", interrupted)
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert (caught.value.code, capsys.readouterr().err) == (130, f"local-elasticity: {end}\n")

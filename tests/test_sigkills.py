@@ -214,11 +214,11 @@ def test_killed_at_any_write_it_goes_on_and_loses_nothing(
     if name == "track":
         pytest.importorskip("sklearn", reason="the digits are inside scikit-learn")
     monkeypatch.setitem(dask.config.config, "scheduler", "synchronous")  # threads of a pool do not survive a fork
-    monkeypatch.setattr(cli, "_finish", lambda run, out: 0)
-    monkeypatch.setattr(cli, "_say_trained", lambda ensemble, out: None)
+    monkeypatch.setattr(cli.track, "finish", lambda run, out: 0)
+    monkeypatch.setattr(cli.train, "_say_trained", lambda ensemble, out: None)
     monkeypatch.setattr(ensemble, "_CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setitem(hesu2020_synthetic.SCALES, "small", STUDY)
-    monkeypatch.setattr("local_elasticity.report.figures.save", no_figure)
+    monkeypatch.setattr(hesu2020_synthetic, "save", no_figure)
     subject, draws = SUBJECTS[name], random.Random(name)
     subject.make(tmp_path / "whole")  # in this process: what is imported on the way is there for all the others
     whole = run(subject, tmp_path / "counted")

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from local_elasticity.impact import Impact, Plan, Ripple, gradient_gram, kernel, measure, measure_tiles, ripple
     from local_elasticity.impact.ranks import measure_across_ranks
     from local_elasticity.impact.update import SGD, Adam, Update, from_optimizer
-    from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, impact_matrix
-    from local_elasticity.lesde.estimation import estimate
+    from local_elasticity.lesde import LESDE, Fit, ImpactMatrix, estimate, impact_matrix
     from local_elasticity.runs.run import Run, open_run
     from local_elasticity.similarity.clustering import LocalElasticityClustering as LocalElasticityClustering
     from local_elasticity.similarity.definitions import define, s_rel

@@ -40,10 +40,27 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises:
         InputError: for a disk that is full, or a place that cannot be written.
     """
+    with put_whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def put_whole(path: Path) -> Iterator[Path]:
+    """Let a file be written beside its place, and move it there by one rename.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        InputError: for a disk that is full, or a place that cannot be written.
+    """
     partial = leftover_of(path)
     with told_of_disk(path):
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield partial
             os.replace(partial, path)
         except Exception:
             with suppress(OSError):  # room for others on a disk that is full

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from local_elasticity.base.checks import check_choice, check_fraction, check_labels, check_seed, check_whole, in_words
 from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.drift import simplex
+from local_elasticity.similarity.tables import _classes
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -120,8 +121,6 @@ def impact_matrix(
     Raises:
         InputError: for labels that do not fit, or a drift that the outputs do not have.
     """
-    from local_elasticity.similarity.tables import _classes
-
     _check_impact(impact)
     n_boot, seed = check_whole("n_boot", n_boot, 0), check_seed("seed", seed)
     confidence = check_fraction("confidence", confidence)

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.base.errors import IdentifiabilityWarning, InputError
+from local_elasticity.lesde.estimation.estimate import estimate
+from local_elasticity.lesde.estimation.recordings import read_recording
 from local_elasticity.report.curves import Line, Panel, panels
+from local_elasticity.report.estimation import rate_curves
 from local_elasticity.report.figures import save
 from local_elasticity.report.markup import embedded_figures, plain_words, read_part, template, write_page_text
 from local_elasticity.report.reading import READABLE_CLASSES
+from local_elasticity.runs.ensembles import open_ensemble
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -69,8 +74,6 @@ def read_ensemble(path: str | Path) -> EnsembleReading:
     Raises:
         InputError: when it is none.
     """
-    from local_elasticity.runs.ensembles import open_ensemble
-
     data = open_ensemble(path)
     kept = data["diverged"].values < 0
     settings = json.loads(data.attrs["settings"])
@@ -149,10 +152,6 @@ def collapse(reading: EnsembleReading) -> Figure | None:
 
 def fit_ensemble(path: str | Path, n_boot: int = 200) -> Fit | str:
     """The LE-SDE estimated from the log, or why it could not be."""
-    from local_elasticity.base.errors import IdentifiabilityWarning, InputError
-    from local_elasticity.lesde.estimation.estimate import estimate
-    from local_elasticity.lesde.estimation.recordings import read_recording
-
     try:
         found = read_recording(path)
         with warnings.catch_warnings():
@@ -172,8 +171,6 @@ def write_ensemble(path: str | Path) -> tuple[list[Path], Path]:
     Raises:
         InputError: when it is not the folder of an ensemble.
     """
-    from local_elasticity.report.estimation import rate_curves
-
     folder = Path(path)
     reading, fit = read_ensemble(folder), fit_ensemble(folder)
     drawn = {

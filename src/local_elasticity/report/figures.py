@@ -19,6 +19,7 @@ from local_elasticity.base.checks import (
     make_folder,
 )
 from local_elasticity.base.errors import InputError
+from local_elasticity.report.collapse import collapse_curves
 from local_elasticity.report.reading import (
     READABLE_CLASSES,
     STATISTICS,
@@ -239,8 +240,6 @@ def write_all(run: Any, folder: str | Path) -> list[Path]:
     if len(reading.classes) <= READABLE_CLASSES:
         kinds.insert(0, class_pair_curves)
     if "layer" in getattr(run, "dataset", run).coords:
-        from local_elasticity.report.collapse import collapse_curves
-
         kinds.append(collapse_curves)
     paths: list[Path] = []
     for definition in reading.definitions:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from local_elasticity.report.reading import colours
 from local_elasticity.report.style import (
     NORMAL,
     SMALL,
@@ -129,8 +130,6 @@ def phase_figure(diagram: PhaseDiagram, *, at: int = -1, width: float = 3.8) -> 
         width: inches.
     """
     from matplotlib.colors import ListedColormap
-
-    from local_elasticity.report.reading import colours
 
     figure = new_figure(width, width * 0.86)
     axis = figure.subplots()

@@ -18,6 +18,7 @@ from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import told_of_disk
 from local_elasticity.runs.folders import locate
 from local_elasticity.similarity.definitions import s_rel_of
+from local_elasticity.similarity.phases import phases_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -151,8 +152,6 @@ class Run:
         Raises:
             InputError: for a name the run does not have, or too few snapshots, pairs or replicas.
         """
-        from local_elasticity.similarity.phases import phases_of
-
         return phases_of(self, definition, update, over, time, options)
 
     def plot(self, definition: str | None = None, update: str | None = None) -> Figure:

@@ -24,6 +24,7 @@ from local_elasticity.base.checks import (
     check_whole,
 )
 from local_elasticity.base.errors import InputError
+from local_elasticity.similarity.tables import weighted_medians
 
 FLAT = 0.1  # |d log S_rel / d log t| below which S_rel counts as settled (spec srel 3.3)
 LEVEL = 0.01  # of each of the two tests of a bend
@@ -244,8 +245,6 @@ def _resamples(shape: tuple[int, ...], n_boot: int, rng: np.random.Generator) ->
 
 def _median_curves(s: np.ndarray, weights: np.ndarray, bins: list[np.ndarray]) -> Curves:
     """Log of the weighted median of every resample, averaged over the times of each place."""
-    from local_elasticity.similarity.tables import weighted_medians
-
     rows = weights.reshape(len(weights), -1)
     out = np.empty((len(rows), len(bins)))
     for i, times in enumerate(bins):

@@ -16,6 +16,8 @@ from local_elasticity import flows
 from local_elasticity.base.errors import NoiseWarning
 from local_elasticity.impact import measure
 from local_elasticity.impact.update import SGD
+from local_elasticity.report.curves import Line, Panel, panels
+from local_elasticity.report.figures import save
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.runs.provenance import versions
 from local_elasticity.similarity.definitions import s_rel
@@ -317,8 +319,6 @@ class FlowStudy(Study):
         return {"s": exact(problem, times), "errors": errors, "orders": np.nan_to_num(orders, nan=0.0)}
 
     def _report(self, found: dict[str, Arrays], n: int, steps: tuple[float, ...], scale: str, out: Path) -> int:
-        from local_elasticity.report.figures import save
-
         phases = {name: _phases(a) for name, a in found.items()}
         claims = self._claims(found, phases)
         notes = [
@@ -402,8 +402,6 @@ class FlowStudy(Study):
         return claims
 
     def _figure(self, found: dict[str, Arrays], phases: dict[str, Phases | None]) -> Any:
-        from local_elasticity.report.curves import Line, Panel, panels
-
         content = []
         for name, a in found.items():
             gated = name.startswith("ReLU")  # half of the pairs are 0: a median would say nothing

@@ -29,7 +29,7 @@ from local_elasticity.studies.dan2023.settings import DEFINITIONS, LIMIT, LIVE, 
 from local_elasticity.studies.dan2023.tables import record_so_far, tables_of
 from local_elasticity.studies.engine.pieces import kept
 from local_elasticity.studies.engine.study import Option, Study
-from local_elasticity.training.loop import Session, Training
+from local_elasticity.training.loop import Session, Training, evaluate
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,6 @@ class _Run:
         return {**shares, "tracking": max(0.0, spent.get("looks", 0.0) - other)}
 
     def _whole_test(self) -> tuple[float, float]:
-        from local_elasticity.training.loop import evaluate
-
         return evaluate(self.model, self.loss_fn, *self._placed(self.job.test))
 
     def _placed(self, images: LabelledImages) -> tuple[Tensor, Tensor]:

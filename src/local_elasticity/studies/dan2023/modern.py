@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.report.figures import save
+from local_elasticity.report.separation import separation
 from local_elasticity.studies.dan2023.claims import (
     FLIPPED,
     MIXED,
@@ -56,8 +58,6 @@ def _conditions(narrow: bool) -> tuple[Condition, ...]:
 
 def report(study: ImageStudy, found: Sequence[Series], size: Scale, scale: str, out: Path, waiting: float) -> int:
     """Judge every combination, and whether the conclusion depends on it."""
-    from local_elasticity.report.figures import save
-
     title = f"{study.title}, {words_of(study, size, scale)}"
     claims = check_claims(found)
     notes = [
@@ -189,7 +189,6 @@ def time_notes_of(found: Sequence[Series], waiting: float) -> list[str]:
 
 def combinations_figure(found: Sequence[Series], title: str) -> Any:
     """Combinations by definitions: how often, and how clearly, by the published step and in the limit."""
-    from local_elasticity.report.separation import separation
 
     def matrix(value: Any) -> np.ndarray:
         return np.array([[value(one, definition) for definition in ROWS] for one in found])

@@ -21,6 +21,8 @@ from local_elasticity.data.regression import regression
 from local_elasticity.impact import measure
 from local_elasticity.impact.update import SGD
 from local_elasticity.networks import MLP
+from local_elasticity.report.curves import Line, Panel, panels
+from local_elasticity.report.figures import save
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.runs.provenance import versions
 from local_elasticity.similarity.definitions import s_rel
@@ -272,8 +274,6 @@ class RegressionStudy(Study):
         return self._report(found, size, scale, out)
 
     def _report(self, found: dict[Setting, Arrays], size: Scale, scale: str, out: Path) -> int:
-        from local_elasticity.report.figures import save
-
         phases = {(s, kind): over_seeds(a, kind) for s, a in found.items() for kind in ("near", "far")}
         claims = [self._claim(s, kind, phases[s, kind], found[s]) for s in found for kind in ("near", "far")]
         claims.append(self._decisive(phases))
@@ -327,8 +327,6 @@ class RegressionStudy(Study):
         )
 
     def _figure(self, found: dict[Setting, Arrays], phases: dict[tuple[Setting, str], Phases | None]) -> Any:
-        from local_elasticity.report.curves import Line, Panel, panels
-
         content = []
         for setting, a in found.items():
             lines = []

@@ -12,6 +12,10 @@ import numpy as np
 
 import local_elasticity as le
 from local_elasticity.base.progress import duration
+from local_elasticity.report import write_page
+from local_elasticity.report.curves import Line, Panel, panels
+from local_elasticity.report.figures import save
+from local_elasticity.report.separation import separation
 from local_elasticity.studies.dan2023.claims import (
     MIXED,
     NEW,
@@ -59,8 +63,6 @@ def report(study: ImageStudy, found: Sequence[Series], size: Scale, scale: str, 
     Returns:
         1 when a claim fails.
     """
-    from local_elasticity.report.figures import save
-
     (series,) = found
     title = f"{study.title}, {words_of(study, size, scale)}"
     ended = all("test_accuracy" in r and r["test_images"] for r in series.records)
@@ -163,7 +165,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def separation_figure(series: Series, title: str) -> Any:
     """Definitions by probe steps."""
-    from local_elasticity.report.separation import separation
 
     def matrix(value: Any) -> np.ndarray:
         return np.array([[value(update, definition) for update in PROBES] for definition in ROWS])
@@ -204,8 +205,6 @@ def answer(series: Series) -> str:
 
 def curves_figure(series: Series, title: str) -> Any:
     """S_rel by class stepped on, as in the paper's figures: published measures and the true divergence."""
-    from local_elasticity.report.curves import Line, Panel, panels
-
     content = []
     for definition in (PSEUDO, MIXED, NEW):
         curves = series.curves(PROBE, definition)
@@ -241,8 +240,6 @@ def curves_figure(series: Series, title: str) -> Any:
 
 def training_figure(series: Series, title: str) -> Any:
     """Accuracy and loss on the training data and on the true test split."""
-    from local_elasticity.report.curves import Line, Panel, panels
-
     content = []
     for name in ("accuracy", "loss"):
         lines = []
@@ -256,8 +253,6 @@ def training_figure(series: Series, title: str) -> Any:
 
 def write_run_page(series: Series, path: Path) -> Path | str:
     """The page of the runs, any definition and step to be chosen; or why there is none."""
-    from local_elasticity.report import write_page
-
     data = series.datasets
     together = data[0] if len(data) == 1 else joined(data)
     try:

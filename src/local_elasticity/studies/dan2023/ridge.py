@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from local_elasticity.flows import RidgeClassifierFlow
+from local_elasticity.report.curves import Line, Panel, panels
+from local_elasticity.report.figures import save
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.runs.provenance import versions
 from local_elasticity.similarity.phases import Phases, find_phases
@@ -154,8 +156,6 @@ class RidgeStudy(Study):
         return out
 
     def _report(self, found: dict[int, Arrays], scale: str, out: Path) -> int:
-        from local_elasticity.report.figures import save
-
         claims, notes = [], self._notes(found)
         for p, arrays in found.items():
             claims += self._claims(p, arrays)
@@ -252,8 +252,6 @@ class RidgeStudy(Study):
         return notes
 
     def _figure(self, found: dict[int, Arrays]) -> Any:
-        from local_elasticity.report.curves import Line, Panel, panels
-
         content = []
         for p, a in found.items():
             loss = [

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from local_elasticity.base.files import write_whole
+from local_elasticity.base.markdown import table
+
 Verdict = Literal["holds", "fails", "not judged"]
 
 
@@ -38,6 +41,7 @@ class Claim:
 
 
 COLUMNS = ("name", "expected", "seen", "interval", "verdict")
+HEADINGS = ("claim", *COLUMNS[1:])
 
 
 def judged(condition: bool) -> Verdict:
@@ -52,14 +56,12 @@ def status(claims: Sequence[Claim]) -> int:
 
 def write_claims(claims: Sequence[Claim], folder: Path, title: str, notes: Sequence[str]) -> Path:
     """Write the table as claims.json and claims.md; returns the latter."""
-    (folder / "claims.json").write_text(
-        json.dumps({"title": title, "notes": list(notes), "claims": [asdict(claim) for claim in claims]}, indent=2)
-    )
+    content = {"title": title, "notes": list(notes), "claims": [asdict(claim) for claim in claims]}
+    write_whole(folder / "claims.json", json.dumps(content, indent=2))
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), ""]
-    lines += ["| claim | expected | seen | interval | verdict |", "|---|---|---|---|---|"]
-    lines += [f"| {c.name} | {c.expected} | {c.seen} | {c.interval} | {c.verdict} |" for c in claims]
+    lines += table(HEADINGS, [[getattr(claim, column) for column in COLUMNS] for claim in claims])
     path = folder / "claims.md"
-    path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
     return path
 
 
@@ -68,9 +70,9 @@ def print_claims(claims: Sequence[Claim], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
-    for heading in ("claim", "expected", "seen", "interval", "verdict"):
-        table.add_column(heading)
+    shown = Table(title=title)
+    for heading in HEADINGS:
+        shown.add_column(heading)
     for claim in claims:
-        table.add_row(*(getattr(claim, column).replace("[", r"\[") for column in COLUMNS))
-    Console().print(table)
+        shown.add_row(*(getattr(claim, column).replace("[", r"\[") for column in COLUMNS))
+    Console().print(shown)

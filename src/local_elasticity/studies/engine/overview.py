@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from local_elasticity.base.files import write_whole
+from local_elasticity.base.markdown import table
 
 COLUMNS = ("study", "claim", "expected", "as published", "as defined", "verdict", "figure")
 STUDY_COLUMNS = ("study", "about", "hold", "fail", "not judged")
@@ -65,9 +67,9 @@ def write_overview(
     )
     out.mkdir(parents=True, exist_ok=True)
     lines = [_study_cells(name, rows, (about or {}).get(name, ""), refused.get(name)) for name in names]
-    _write(out / f"claims-{scale}.md", _markdown(rows, lines, summary, refused, scale))
+    write_whole(out / f"claims-{scale}.md", _markdown(rows, lines, summary, refused, scale))
     page = out / f"claims-{scale}.html"
-    _write(page, _page(rows, lines, summary, refused, dict(zip(names, folders, strict=True)), scale))
+    write_whole(page, _page(rows, lines, summary, refused, dict(zip(names, folders, strict=True)), scale))
     print(summary)
     return page, counts["fails"]
 
@@ -130,16 +132,14 @@ def _markdown(
 ) -> str:
     lines = [f"# Claims of the papers, scale {scale}", "", summary + ".", ""]
     lines += [f"- {name}: not run: {why}" for name, why in refused.items()] + [""] * bool(refused)
-    lines += ["| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---|--:|--:|--:|"]
-    lines += [
-        "| " + " | ".join(cells[column].replace("|", "\\|") for column in STUDY_COLUMNS) + " |" for cells in studies
-    ]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += table(STUDY_COLUMNS, [[cells[column] for column in STUDY_COLUMNS] for cells in studies], STUDY_COLUMNS[2:])
+    claims = []
     for row in rows:
         cells = _cells(row)
         name = Path(cells["figure"]).name
         cells["figure"] = f"[{name}]({row.study}/{name})" if name else ""
-        lines.append("| " + " | ".join(cells[column].replace("|", "\\|") for column in COLUMNS) + " |")
+        claims.append([cells[column] for column in COLUMNS])
+    lines += ["", *table(COLUMNS, claims)]
     return "\n".join(lines) + "\n"
 
 
@@ -169,7 +169,7 @@ def _page(
             f'<tr class="{worst}"{first}>{tds}<td class="verdict">{mark} {html.escape(cells["verdict"])}</td>'
             f"<td>{link}</td></tr>"
         )
-    table = "\n".join(_study_row(cells, cells["study"] in begun) for cells in studies)
+    studies_body = "\n".join(_study_row(cells, cells["study"] in begun) for cells in studies)
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in COLUMNS)
     notes = "".join(f"<li>{html.escape(name)}: not run: {html.escape(why)}</li>" for name, why in refused.items())
     pictures = "".join(
@@ -183,7 +183,7 @@ def _page(
         summary=html.escape(summary),
         notes=f"<ul>{notes}</ul>" if notes else "",
         studies_head="".join(f"<th scope=col>{column}</th>" for column in STUDY_COLUMNS),
-        studies=table,
+        studies=studies_body,
         head=head,
         body="\n".join(body),
         pictures=pictures,
@@ -254,9 +254,3 @@ was expected was not seen; it is not judged where the scale is too small for it.
 </body>
 </html>
 """
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

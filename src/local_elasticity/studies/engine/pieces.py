@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from local_elasticity.base.errors import InputError
-from local_elasticity.base.files import discard, leftover_of, told_of_disk
+from local_elasticity.base.files import discard, put_whole, told_of_disk
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,13 +75,8 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     Raises:
         InputError: for a disk that is full, or a place that cannot be written.
     """
-    partial, save = leftover_of(path), cast(Any, np.savez_compressed)
+    save = cast(Any, np.savez_compressed)
     with told_of_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                save(file, **arrays)
-            partial.replace(path)
-        except Exception:
-            partial.unlink(missing_ok=True)  # room for others on a disk that is full
-            raise
+    with put_whole(path) as partial, partial.open("wb") as file:
+        save(file, **arrays)

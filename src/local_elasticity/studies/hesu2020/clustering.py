@@ -20,6 +20,8 @@ import local_elasticity as le
 from local_elasticity.base.files import write_whole
 from local_elasticity.base.parallel import read_record
 from local_elasticity.base.progress import duration
+from local_elasticity.report.figures import save
+from local_elasticity.report.similarity import clustering_accuracy
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import Loss, loss_function, relative, s_ker_of, sigmoid_slope, symmetrised
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
@@ -376,9 +378,6 @@ class ClusteringStudy(Study):
         size: Scale,
         out: Path,
     ) -> int:
-        from local_elasticity.report.figures import save
-        from local_elasticity.report.similarity import clustering_accuracy
-
         table = tabulate(results)
         claims = check_claims(table, "mnist" in origins)
         notes = [f"data, {name}: {origin}" for name, origin in origins.items()] + missing

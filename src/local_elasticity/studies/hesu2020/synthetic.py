@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 import local_elasticity as le
+from local_elasticity.report.figures import save
+from local_elasticity.report.similarity import similarity_against_distance
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import loss_function
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
@@ -211,9 +213,6 @@ class SyntheticStudy(Study):
         }
 
     def _report(self, results: dict[tuple[str, str], dict[str, Any]], scale: str, size: Scale, out: Path) -> int:
-        from local_elasticity.report.figures import save
-        from local_elasticity.report.similarity import similarity_against_distance
-
         rows = {}
         for key, result in results.items():
             interval = bootstrap(result["s_rel"], result["distance"], self.seed)

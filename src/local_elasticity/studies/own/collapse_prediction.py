@@ -19,6 +19,7 @@ from jaxtyping import Float
 from local_elasticity.lesde.estimation.estimate import Fit
 from local_elasticity.lesde.model import LESDE
 from local_elasticity.lesde.separability import separable
+from local_elasticity.report.charts import Chart, Curve, charts
 from local_elasticity.studies.engine.claims import Claim, judged
 from local_elasticity.studies.wang2021.dynamics import NAMES, describe, name_of
 from local_elasticity.studies.wang2021.imitation import Half, halves
@@ -298,8 +299,6 @@ class CollapseStudy(EnsembleStudy):
         return self.finish(claims, notes, figures, scale, out)
 
     def _figure(self, record: Record, half: Half, shown: dict[float, Any], scale: str) -> Any:
-        from local_elasticity.report.charts import Chart, Curve, charts
-
         whole, metrics = what_happened(record, half.judged, -1.0)
         titles = {
             "S": ("separation S", "log(gap² / variance)"),
@@ -328,8 +327,6 @@ class CollapseStudy(EnsembleStudy):
         return charts(content, title, columns=3, height=2.2)
 
     def _errors(self, table: dict[float, dict[tuple[str, str], dict[str, np.ndarray]]], scale: str) -> Any:
-        from local_elasticity.report.charts import Chart, Curve, charts
-
         after = np.array(list(table))
         content = []
         for key in MEASURES:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from local_elasticity.lesde.estimation.estimate import Fit
+from local_elasticity.report.charts import Chart, Curve, charts
 from local_elasticity.studies.engine.claims import Claim
 from local_elasticity.studies.wang2021.dynamics import (
     NAMES,
@@ -52,8 +53,6 @@ class ClassesStudy(EnsembleStudy):
         return self.finish(claims, notes, {"classes": self._figure(records, fits, scale)}, scale, out)
 
     def _figure(self, records: list[Record], fits: dict[tuple[int, str], Fit], scale: str) -> Any:
-        from local_elasticity.report.charts import Chart, Curve, charts
-
         content = []
         step = "training step"
         for model in ("isotropic", "logits"):

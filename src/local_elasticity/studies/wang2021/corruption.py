@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from local_elasticity.lesde.estimation.estimate import Fit
+from local_elasticity.report.charts import Chart, Curve, charts, located
 from local_elasticity.studies.engine.claims import Claim, judged
 from local_elasticity.studies.wang2021.reading import (
     METHODS,
@@ -219,8 +220,6 @@ class CorruptionStudy(EnsembleStudy):
 
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
-        from local_elasticity.report.charts import located
-
         rates = [read(rate, record) for rate, record in zip(size.rates, records, strict=True)]
         places = located_by(rates)
         claims = [
@@ -268,8 +267,6 @@ class CorruptionStudy(EnsembleStudy):
         )
 
     def _figure(self, rates: list[Rate], scale: str) -> Any:
-        from local_elasticity.report.charts import Chart, Curve, charts
-
         names = [f"p = {one.rate:.2g}" for one in rates]
         times = [one.record.dataset["validation_step"].values for one in rates]
         curves = {

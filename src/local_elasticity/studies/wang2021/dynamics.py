@@ -14,6 +14,7 @@ import numpy as np
 
 from local_elasticity.lesde.estimation.estimate import Fit
 from local_elasticity.lesde.published import WINDOWS
+from local_elasticity.report.charts import Chart, Curve, Dynamics, charts, class_means_in_the_plane, rate_panels
 from local_elasticity.studies.engine.claims import Claim, judged
 from local_elasticity.studies.wang2021.direct import DIRECT_FORMS, DirectMatrix, direct_matrix
 from local_elasticity.studies.wang2021.reading import (
@@ -174,8 +175,6 @@ class DynamicsStudy(EnsembleStudy):
 
     def report(self, records: list[Record], size: Size, scale: str, out: Path) -> int:
         """Analyse, judge, draw; 1 when a claim fails."""
-        from local_elasticity.report.charts import class_means_in_the_plane, rate_panels
-
         claims: list[Claim] = []
         rows: list[tuple[str, Fit, Fit | None]] = []
         notes, measured, direct = [*map(describe, records)], {}, {}
@@ -225,8 +224,6 @@ class DynamicsStudy(EnsembleStudy):
         ]
 
     def _drawn(self, record: Record) -> Any:
-        from local_elasticity.report.charts import Dynamics
-
         steps = len(record.logits)
         shown = np.unique(np.linspace(0, steps - 1, 50).astype(int))
         geomnist = record.configuration["data"] == "geomnist"
@@ -256,8 +253,6 @@ def describe(record: Record) -> str:
 
 def loop_figure(records: list[Record], fits: dict, measured: dict, scale: str) -> Any:
     """The loop closed: rates measured by real steps beside those estimated from growth."""
-    from local_elasticity.report.charts import Chart, Curve, charts
-
     content = []
     for at, record in enumerate(records):
         for drift in DIRECT_FORMS:

@@ -23,6 +23,7 @@ from local_elasticity.base.errors import InputError
 from local_elasticity.lesde.estimation.comparison import agreement
 from local_elasticity.lesde.model import LESDE
 from local_elasticity.lesde.published import WINDOWS, derivative
+from local_elasticity.report.charts import Imitation, imitation
 from local_elasticity.studies.engine.claims import Claim, judged
 from local_elasticity.studies.wang2021.direct import direct_matrix, mean_movements, summary
 from local_elasticity.studies.wang2021.dynamics import NAMES, describe, name_of
@@ -349,8 +350,6 @@ class ImitationStudy(EnsembleStudy):
     def _figure(
         self, name: str, half: Half, first: dict[str, Simulated], found: dict[str, dict[str, np.ndarray]], scale: str
     ) -> Any:
-        from local_elasticity.report.charts import Imitation, imitation
-
         observed = half.observed()
         content = [
             Imitation(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from local_elasticity.report.charts import Chart, Curve, charts
 from local_elasticity.studies.engine.claims import Claim, judged
 from local_elasticity.studies.wang2021.corruption import FAR
 from local_elasticity.studies.wang2021.dynamics import describe
@@ -97,8 +98,6 @@ class SizeStudy(EnsembleStudy):
         return self.finish(claims, notes, {"size": self._figure(records, images, scale)}, scale, out)
 
     def _figure(self, records: list[Record], images: list[str], scale: str) -> Any:
-        from local_elasticity.report.charts import Chart, Curve, charts
-
         pairs = list(zip(images, records, strict=True))
         logits = [Curve(name, r.probe_times, band_of(own_logit(r.probe_means))) for name, r in pairs]
         accuracy = [

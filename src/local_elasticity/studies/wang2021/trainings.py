@@ -22,8 +22,12 @@ from torch import Tensor
 
 from local_elasticity.base.errors import InputError
 from local_elasticity.base.progress import duration
+from local_elasticity.data import cifar10, cifar10_subset, corrupt_labels, geomnist
+from local_elasticity.impact import measure
+from local_elasticity.impact.update import SGD
 from local_elasticity.lesde.direct import impact_matrix
 from local_elasticity.networks import SimpleConv
+from local_elasticity.report.figures import save
 from local_elasticity.runs.ensembles import NOTE, PROGRESS, is_ensemble, open_ensemble
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.engine.claims import Claim, print_claims, status, write_claims
@@ -126,8 +130,6 @@ def images(training: Training) -> TensorData:
     Raises:
         InputError: when the data at hand are too few.
     """
-    from local_elasticity.data import cifar10, cifar10_subset, corrupt_labels, geomnist
-
     if training.data == "geomnist":
         found = geomnist(training.n_train, training.n_validation, n_classes=training.n_classes, seed=training.seed)
     else:
@@ -251,9 +253,6 @@ def _measuring(training: Training, data: TensorData, folder: Path) -> Callable[[
     looked at on validation images, averaged class by class. Every look and replica draws its own images, so that their
     choice is part of what differs between replicas.
     """
-    from local_elasticity.impact import measure
-    from local_elasticity.impact.update import SGD
-
     numbers = range(min(training.measured, training.replicas))
 
     def look(step: int, ensemble: Ensemble) -> None:
@@ -515,8 +514,6 @@ class EnsembleStudy(Study):
         self, claims: Sequence[Claim], notes: Sequence[str], figures: Mapping[str, Figure], scale: str, out: Path
     ) -> int:
         """Write and show the table, the notes and the figures; 1 when a claim fails."""
-        from local_elasticity.report.figures import save
-
         title = f"{self.title}, scale {scale}"
         path = write_claims(claims, out, title, notes)
         drawn = [save(figure, out / "figures", name)[0] for name, figure in figures.items()]

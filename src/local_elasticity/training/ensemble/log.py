@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from local_elasticity.base.errors import InputError
+from local_elasticity.runs.ensembles import as_dataset
 from local_elasticity.training.lockstep import Route, RouteName
 from local_elasticity.training.lockstep.routes import Loop, copied
 
@@ -137,8 +138,6 @@ class Ensemble:
 
     def to_xarray(self) -> xr.Dataset:
         """The log as a dataset, as it lies on disk."""
-        from local_elasticity.runs.ensembles import as_dataset
-
         return as_dataset(self.log, self.times, self.replicas, self.layers, self.diverged, self.step)
 
 
