@@ -28,7 +28,7 @@ from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.engine.pieces import kept, read_arrays
 from local_elasticity.training.loop import Session, Training
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore")]
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
 

@@ -68,7 +68,9 @@ def test_another_seed_gives_other_losses():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are built, and not rendered."""
-    monkeypatch.setattr("local_elasticity.report.figures.save", lambda figure, folder, name: [folder / name])
+    for study in ("flows", "regression", "ridge"):
+        target = f"local_elasticity.studies.dan2023.{study}.save"
+        monkeypatch.setattr(target, lambda figure, folder, name: [folder / name])
 
 
 @pytest.mark.usefixtures("undrawn")
