@@ -25,7 +25,7 @@ from local_elasticity.studies.hesu2020.clustering import (
     score,
     similarities,
 )
-from local_elasticity.studies.hesu2020.networks import network
+from local_elasticity.studies.hesu2020.training import network
 
 PAIR = Pair(("5", "8"), ("3", "9"), batch_size=20)
 SIZE = Scale(24, {"digits mse": 2, "digits bce": 2}, {"digits": 2}, per_primary=30, auxiliary=40, sets=("digits",))

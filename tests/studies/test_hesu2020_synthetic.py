@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from local_elasticity.base.errors import InputError
-from local_elasticity.studies.hesu2020 import networks as hesu2020
 from local_elasticity.studies.hesu2020 import synthetic as hesu2020_synthetic
-from local_elasticity.studies.hesu2020.networks import Rate, network, top_curvature, train
+from local_elasticity.studies.hesu2020 import training as hesu2020
 from local_elasticity.studies.hesu2020.synthetic import (
     SCALES,
     SYNTHETIC,
@@ -21,6 +20,7 @@ from local_elasticity.studies.hesu2020.synthetic import (
     resampled,
     torus,
 )
+from local_elasticity.studies.hesu2020.training import Rate, network, top_curvature, train
 
 
 def test_torus_is_two_strands_around_a_ring():

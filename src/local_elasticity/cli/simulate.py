@@ -61,8 +61,8 @@ def simulate(
         out: folder of the simulation; estimate reads it.
         overwrite: replace an earlier simulation there.
     """
-    from local_elasticity.cli.simulation import ARRAYS, Settings
-    from local_elasticity.cli.simulation import simulate as run
+    from local_elasticity.report.simulation import ARRAYS, Settings
+    from local_elasticity.report.simulation import simulate as run
 
     usable_device(device)
     check_folder("--out", out)

@@ -14,6 +14,7 @@ from torch import Tensor
 from local_elasticity.base.errors import USER_ERRORS, InputError
 from local_elasticity.impact.costs import captured_cost, replayed_cost
 from local_elasticity.impact.first_order import (
+    ALLOWED,
     CHECKED_TARGETS,
     NOT_THE_DERIVATIVE,
     Result,
@@ -22,7 +23,7 @@ from local_elasticity.impact.first_order import (
     relative_error,
     rounding_error,
 )
-from local_elasticity.impact.linear import ALLOWED, measure_linear
+from local_elasticity.impact.linear import measure_linear
 from local_elasticity.impact.pairs.sweep import Contracted, prepare
 from local_elasticity.impact.problem import Problem
 from local_elasticity.impact.replay import look_after, measure_replay

@@ -25,7 +25,7 @@ from local_elasticity.base.errors import IdentifiabilityWarning, InputError
 from local_elasticity.lesde import published
 from local_elasticity.lesde.estimation.comparison import Comparison, HeldOut, compare, held_out
 from local_elasticity.lesde.estimation.estimators import Estimator, get_estimator
-from local_elasticity.lesde.estimation.fit import QUANTITIES, Estimates, Kind, Model, Series, _filled
+from local_elasticity.lesde.estimation.fit import QUANTITIES, Estimates, Kind, Model, Series, filled
 from local_elasticity.lesde.estimation.observations import Missing, Observations, observe
 from local_elasticity.lesde.estimation.resampling import percentiles
 from local_elasticity.lesde.estimation.smoothing import LocalQuadratic, check_window, choose_window
@@ -169,10 +169,10 @@ def estimate(
         draws = _bootstrap(data, rule, base, int(n_boot), seed, start, drawn)
     if width is None:
         width = choose_window(
-            data.t, _filled(np.stack([A, B]), data.t), () if draws is None else [x[:_PILOT] for x in draws]
+            data.t, filled(np.stack([A, B]), data.t), () if draws is None else [x[:_PILOT] for x in draws]
         )
     smooth = LocalQuadratic(data.t, width)
-    alpha, beta = smooth.slope(_filled(np.stack([A, B]), data.t))
+    alpha, beta = smooth.slope(filled(np.stack([A, B]), data.t))
     found = {"A": A, "B": B, "alpha": alpha, "beta": beta, "gap": alpha - beta}
     variance = _within_variance(data, within_variance)
     notes, signs, clarity = _identifiability(rule, features, start, base, pilot, data, model)
@@ -283,7 +283,7 @@ def _bootstrap(
     draws = draws[:, ~np.isnan(draws).all(axis=(0, 2))]  # a resample of one trial only never has all classes
     if draws.shape[1] < 2:
         draws = np.full((2, 2, len(data.t)), np.nan)
-    A, B = (_filled(x, data.t) for x in draws)
+    A, B = (filled(x, data.t) for x in draws)
     return A, B
 
 
@@ -495,4 +495,4 @@ def _noise(t: Series, variance: Float[np.ndarray, "T K"], smooth: LocalQuadratic
 
     pooled = np.full(len(t), np.nan)
     pooled[known] = np.nanmean(variance[known], axis=1)
-    return smooth.slope(np.asarray(isotonic_regression(_filled(pooled[None], t)[0])["x"]))
+    return smooth.slope(np.asarray(isotonic_regression(filled(pooled[None], t)[0])["x"]))

@@ -37,31 +37,7 @@ class Average(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """What training says of the LE-SDE, as numbers.
-
-    Attributes:
-        model: "logits" or "isotropic".
-        estimator: "defined", or "published" (the authors' code).
-        t: times (T,).
-        A: integral of alpha since the baseline, never smoothed.
-        B: the same of beta.
-        alpha: impact within a class per unit of time (with the 1/K of the equation left out, as the paper writes it).
-        beta: impact between classes.
-        intervals: (low, high) of "A", "B", "alpha", "beta" and "gap" (alpha - beta).
-        no_interval: why the intervals are NaN; empty when they are not.
-        confidence: their coverage.
-        window: points of the local quadratic fits that give alpha and beta.
-        baseline_window: steps of which the baseline is the mean.
-        baseline_time: the mean of their times, at which A = B = 0.
-        signal_to_noise: of the baseline of each mode.
-        signs: of each mode (T,): against the wrong label (-1) for the gap of the L-model, against the baseline else.
-        within_variance: (T, K) variance of samples about their class mean, per coordinate; NaN where it is unknown.
-        sigma2: (T,) its slope, the noise of the LE-SDE per unit of time; NaN where it is unknown.
-        warnings: what cannot be told from these data, in words.
-        observations: the data.
-        n_boot: resamples.
-        seed: of the resampling.
-    """
+    """What training says of the LE-SDE, as numbers; `Fit` says what each is, and judges them."""
 
     model: Model
     estimator: Kind
@@ -138,7 +114,7 @@ class Estimates:
             )
         width = min(self.window, len(self.t))
         weights = (reading(self.t, stop, width) - reading(self.t, start, width)) / (stop - start)
-        A, B = _filled(np.stack([self.A, self.B]), self.t)
+        A, B = filled(np.stack([self.A, self.B]), self.t)
         pick = {"alpha": lambda a, b: a, "beta": lambda a, b: b, "gap": lambda a, b: a - b}[quantity]
         value = float(pick(A, B) @ weights)
         if self._draws is None:
@@ -198,12 +174,12 @@ class Estimates:
         if rates not in ("exact", "smooth"):
             raise InputError(expected="rates='exact' or 'smooth'", got=repr(rates), do="choose one of them")
         if rates == "smooth":
-            slopes = _filled(np.stack([self.alpha, self.beta]), self.t)
+            slopes = filled(np.stack([self.alpha, self.beta]), self.t)
             if self.baseline_window > 1:
                 slopes[:, self.t < self.baseline_time] = 0.0  # as below
             pair = [(self.t, slope) for slope in slopes]
         else:
-            integrals = _filled(np.stack([self.A, self.B]), self.t)
+            integrals = filled(np.stack([self.A, self.B]), self.t)
             if self.baseline_window > 1:
                 integrals[:, self.t <= self.baseline_time] = 0.0  # the baseline is the start: no growth before it
             steps = np.diff(integrals, axis=1) / np.diff(self.t)
@@ -244,7 +220,7 @@ class Estimates:
         return xr.Dataset({k: ("t", v) for k, v in series.items()}, coords={"t": self.t}, attrs=attributes)
 
 
-def _filled(series: Float[np.ndarray, "m T"], t: Series) -> Float[np.ndarray, "m T"]:
+def filled(series: Float[np.ndarray, "m T"], t: Series) -> Float[np.ndarray, "m T"]:
     """Gaps interpolated in time."""
     gaps = np.isnan(series)
     if not gaps.any():

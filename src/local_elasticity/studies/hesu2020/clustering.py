@@ -26,7 +26,7 @@ from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import Loss, loss_function, relative, s_ker_of, sigmoid_slope, symmetrised
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.study import Study
-from local_elasticity.studies.hesu2020.networks import network, train
+from local_elasticity.studies.hesu2020.training import network, train
 
 WIDTH = 40960
 LOSSES: tuple[Loss, ...] = ("mse", "bce")

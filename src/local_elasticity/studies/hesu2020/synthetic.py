@@ -21,7 +21,7 @@ from local_elasticity.similarity.kernels import loss_function
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
 from local_elasticity.studies.engine.pieces import Arrays, kept
 from local_elasticity.studies.engine.study import Study
-from local_elasticity.studies.hesu2020.networks import network, train
+from local_elasticity.studies.hesu2020.training import network, train
 
 SEED = 666
 BOOTSTRAPS = 2000
