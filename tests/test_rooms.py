@@ -2,10 +2,14 @@
 
 import ast
 import functools
+import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 import local_elasticity
+from local_elasticity import _moved
 
 SOURCE = Path(local_elasticity.__file__).parent
 ROOMS = (  # from the top: what stands lower may import what stands higher
@@ -112,3 +116,11 @@ def test_contributing_shows_the_same_rooms():
     text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
     assert tuple(shown) == ROOMS
+
+
+@pytest.mark.parametrize(("old", "new"), _moved.MOVED.items())
+def test_modules_are_found_under_their_old_names_with_a_warning(old, new, monkeypatch):
+    monkeypatch.delitem(importlib.sys.modules, f"local_elasticity.{old}", raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{old} is local_elasticity.{new} now"):
+        module = importlib.import_module(f"local_elasticity.{old}")
+    assert module is importlib.import_module(f"local_elasticity.{new}")

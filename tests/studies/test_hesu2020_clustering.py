@@ -1,6 +1,5 @@
 import json
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 import local_elasticity as le
 from local_elasticity.base.errors import InputError
+from local_elasticity.base.parallel import Workers
 from local_elasticity.studies.hesu2020 import clustering as hesu2020_clustering
 from local_elasticity.studies.hesu2020.clustering import (
     BASELINES,
@@ -77,8 +77,7 @@ def test_similarities_are_those_of_the_library(loss):
 
 
 def test_runs_small_and_continues(tmp_path, monkeypatch, capsys):
-    with joblib.parallel_config(backend="sequential"):
-        assert digits_study().run_at(SIZE, "test", tmp_path) == 0
+    assert digits_study().run_at(SIZE, "test", tmp_path) == 0
     found = json.loads((tmp_path / "accuracies.json").read_text())
     assert [r["seed"] for r in found] == [0, 1]
     for result in found:
@@ -96,9 +95,17 @@ def test_runs_small_and_continues(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "tasks").glob("*.pt"))
     capsys.readouterr()
     monkeypatch.setattr(hesu2020_clustering, "train", lambda *_, **__: pytest.fail("trained again"))
-    with joblib.parallel_config(backend="sequential"):
-        digits_study().run_at(SIZE, "test", tmp_path)
+    digits_study().run_at(SIZE, "test", tmp_path)
     assert json.loads((tmp_path / "accuracies.json").read_text()) == found
+
+
+@pytest.mark.exhaustive
+def test_workers_give_the_serial_numbers(tmp_path):
+    for name, workers in (("serial", Workers()), ("spread", Workers("loky", 2))):
+        digits_study().run_at(SIZE, "test", tmp_path / name, workers=workers)
+    one, other = (json.loads((tmp_path / name / "accuracies.json").read_text()) for name in ("serial", "spread"))
+    assert [r["scores"] for r in one] == [r["scores"] for r in other]
+    assert [r["trained"] for r in one] == [r["trained"] for r in other]
 
 
 def test_same_seed_same_numbers(tmp_path):
@@ -118,8 +125,7 @@ def test_data_that_are_not_at_hand_are_named(tmp_path, capsys):
 
     study = ClusteringStudy("test", {}, {"mnist": missing, **digits_study().readers}, {"mnist": (), "digits": (PAIR,)})
     size = Scale(8, SIZE.epochs, {"digits": 1, "mnist": 1}, 20, 20, sets=("mnist", "digits"))
-    with joblib.parallel_config(backend="sequential"):
-        study.run_at(size, "test", tmp_path / "one")
+    study.run_at(size, "test", tmp_path / "one")
     assert "mnist is not at hand, its pairs are left out: expected mnist" in capsys.readouterr().out
     assert "not at hand" in (tmp_path / "one" / "claims.md").read_text()
     only = Scale(8, SIZE.epochs, {"mnist": 1}, 20, 20, sets=("mnist",))

@@ -298,8 +298,8 @@ def test_a_replay_needs_the_device_of_the_study(toys, capsys):
 @pytest.mark.parametrize(
     ("words", "able"),
     [
-        (("--backend", "dask", "--jobs", "4", "--address", "127.0.0.1:1"), "single task"),
-        (("--jobs", "2"), "single task"),
+        (("--backend", "dask", "--jobs", "4", "--address", "127.0.0.1:1"), "a single task"),
+        (("--jobs", "2"), "a single task"),
         (("--train-only",), "wang2021-dynamics"),
         (("--so-far",), "dan2023-cifar10"),
         (("--size", "points=3"), "--size"),
@@ -320,5 +320,5 @@ def test_every_study_says_what_it_takes():
         assert study.title.startswith(name)
         assert set(study.cost) == {"small", "paper"}
     assert {name for name, study in STUDIES.items() if "workers" in study.options} == {
-        "dan2023-cifar10", "dan2023-cifar100", "dan2023-modern", "dan2023-svhn",
+        "dan2023-cifar10", "dan2023-cifar100", "dan2023-modern", "dan2023-svhn", "hesu2020-clustering",
     }  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -17,6 +20,36 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def told_aside(told: Callable[[], str], seconds: float = 10.0) -> Iterator[None]:
+    """Print now and then how far work is that reports nothing itself, such as that of other processes.
+
+    Args:
+        told: how far it is, in a line; printed when it is another one.
+        seconds: between two questions.
+
+    Yields:
+        Nothing.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        last = ""
+        while not done.wait(seconds):
+            now = told()
+            if now != last:
+                print(now, flush=True)
+            last = now
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class Pace:

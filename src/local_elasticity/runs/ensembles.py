@@ -12,7 +12,7 @@ import numpy as np
 from local_elasticity.base.checks import check_path
 from local_elasticity.base.errors import InputError
 from local_elasticity.base.files import told_of_disk
-from local_elasticity.runs.folders import ENSEMBLE, ENSEMBLE_FORMAT, ENSEMBLE_NOTE, NOTES, clear_folder
+from local_elasticity.runs.folders import ENSEMBLE, ENSEMBLE_FORMAT, ENSEMBLE_NOTE, NOTES, clear_folder, read_object
 from local_elasticity.runs.run import FORMAT_VERSION, open_checked
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PER_STEP = ("logits", "losses", "samples", "labels")
 
 def is_ensemble(path: str | Path) -> bool:
     """Whether the folder of an ensemble is at this path."""
-    stored = _read(Path(path) / NOTE)
+    stored = read_object(Path(path) / NOTE)
     return stored is not None and stored.get("format") == FORMAT
 
 
@@ -96,7 +96,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     """
     from local_elasticity.base import chunks
 
-    note = _read(folder / NOTE) or {}
+    note = read_object(folder / NOTE) or {}
     chunks.check_version(note.get("format_version", 1), FORMAT_VERSION, str(folder))
     if not isinstance(note.get("settings"), dict):
         raise damaged(folder / NOTE)
@@ -110,7 +110,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
         InputError: when the file is there, but damaged.
     """
     path = folder / PROGRESS
-    progress = _read(path)
+    progress = read_object(path)
     if progress is None and not path.exists():
         return {"step": 0}
     step = (progress or {}).get("step")
@@ -131,7 +131,7 @@ def is_free(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     begun = {ARRAYS, Path(NOTE).with_suffix(".partial").name} | NOTES
-    attributes = (_read(folder / ARRAYS / "zarr.json") or {}).get("attributes", {})
+    attributes = (read_object(folder / ARRAYS / "zarr.json") or {}).get("attributes", {})
     return attributes.get("format", FORMAT) == FORMAT and all(
         path.name in begun or path.suffix == ".lock" for path in folder.iterdir()
     )
@@ -198,11 +198,3 @@ def compare_settings(stored: Mapping[str, Any], now: Mapping[str, Any], folder: 
             + ", ".join(f"{key} ({short(stored.get(key))} there, {short(now.get(key))} now)" for key in different),
             do="resume with the same settings, or store elsewhere",
         )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

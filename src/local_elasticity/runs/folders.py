@@ -45,7 +45,7 @@ def prepare_folder(out: Path, configuration: dict[str, Any], overwrite: bool) ->
     with told_of_disk(out):
         if out.exists() and not out.is_dir():
             raise InputError(expected="a folder for the run", got=f"a file, {out}", do="choose another --out")
-        stored = _stored_configuration(note)
+        stored = read_object(note)
         ours = is_ours(out)
         if out.exists() and not ours and not holds_notes_only(out):
             raise InputError(
@@ -79,7 +79,7 @@ def clear_folder(out: Path) -> None:
     """
     note = out / "config.json"
     with Lock(out / RUN), Lock(out / ENSEMBLE), told_of_disk(out):
-        if (_stored_configuration(note) or {}).get("made_by") != MADE_BY:
+        if (read_object(note) or {}).get("made_by") != MADE_BY:
             write_whole(note, json.dumps({"made_by": MADE_BY}))
         first = (RUN, ENSEMBLE_NOTE)  # without these it is no run any more
         for path in sorted(out.iterdir(), key=lambda path: path.name not in first):
@@ -95,12 +95,13 @@ def holds_notes_only(out: Path) -> bool:
 
 def is_ours(out: Path) -> bool:
     """Whether this folder was made by a run or a study of ours."""
-    stored = _stored_configuration(out / "config.json")
+    stored = read_object(out / "config.json")
     made = (stored is not None and stored.get("made_by") == MADE_BY) or locate(out) is not None
-    return made or (_stored_configuration(out / ENSEMBLE_NOTE) or {}).get("format") == ENSEMBLE_FORMAT
+    return made or (read_object(out / ENSEMBLE_NOTE) or {}).get("format") == ENSEMBLE_FORMAT
 
 
-def _stored_configuration(note: Path) -> dict[str, Any] | None:
+def read_object(note: Path) -> dict[str, Any] | None:
+    """What a small file of ours holds; None for no file, and for anything but a JSON object."""
     try:
         stored = json.loads(note.read_text())
     except (OSError, ValueError):

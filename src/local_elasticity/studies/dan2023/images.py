@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from torch import Tensor
 import local_elasticity as le
 from local_elasticity.base.files import write_whole
 from local_elasticity.base.parallel import Task, Workers, perform, read_record
-from local_elasticity.base.progress import Pace, duration
+from local_elasticity.base.progress import Pace, duration, told_aside
 from local_elasticity.data.images import LabelledImages
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.studies.dan2023.settings import DEFINITIONS, LIMIT, LIVE, MEASURE, PROBE, PROBES, Condition, Scale
@@ -394,7 +394,9 @@ class ImageStudy(Study):
                 job = Job(*what, self.probes, device)
                 tasks.append(Task(f"{condition.name}, run {index}", track_run, (job,), folder / "record.json"))
         started = time.perf_counter()
-        with watched([task.record.parent for task in tasks], aloud=workers.backend != "serial"):
+        folders = [task.record.parent for task in tasks]
+        alone = workers.backend == "serial"  # runs in this process tell it themselves
+        with nullcontext() if alone else told_aside(lambda: how_far(folders)):
             records = perform(tasks, workers)
         waiting = time.perf_counter() - started
         for task in tasks:
@@ -439,42 +441,17 @@ def words_of(study: ImageStudy, size: Scale, scale: str) -> str:
     return f"scale {scale}" + ("" if not changed else f" with {', '.join(f'{k} {v}' for k, v in changed.items())}")
 
 
-@contextmanager
-def watched(folders: Sequence[Path], aloud: bool, seconds: float = 10.0) -> Iterator[None]:
-    """Print now and then how far the runs are, from the notes that they leave in their folders."""
-    import threading
-
-    done = threading.Event()
-
-    def told() -> str:
-        notes = []
-        for folder in folders:
-            try:
-                notes.append(json.loads((folder / "progress.json").read_text()))
-            except (OSError, ValueError):
-                continue
-        share = sum(note["update"] / note["total"] for note in notes) / len(folders)
-        finished = sum((folder / "record.json").exists() for folder in folders)
-        return f"{finished} of {len(folders)} runs finished; {share:.0%} of all updates made"
-
-    def watch() -> None:
-        last = ""
-        while not done.wait(seconds):
-            now = told()
-            if now != last:
-                print(now, flush=True)
-            last = now
-
-    if not aloud:
-        yield
-        return
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def how_far(folders: Sequence[Path]) -> str:
+    """How far the runs are, from the notes that they leave in their folders."""
+    notes = []
+    for folder in folders:
+        try:
+            notes.append(json.loads((folder / "progress.json").read_text()))
+        except (OSError, ValueError):
+            continue
+    share = sum(note["update"] / note["total"] for note in notes) / len(folders)
+    finished = sum((folder / "record.json").exists() for folder in folders)
+    return f"{finished} of {len(folders)} runs finished; {share:.0%} of all updates made"
 
 
 def smaller(study: ImageStudy, **changes: Any) -> ImageStudy:

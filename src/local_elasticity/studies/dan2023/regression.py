@@ -233,16 +233,7 @@ class RegressionStudy(Study):
     seed: int = 0
 
     def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
-        """Train, measure, judge and draw.
-
-        Args:
-            scale: "small" or "paper".
-            out: the study's folder; an interrupted study continues with the next setting.
-            overwrite: throw away what is there.
-
-        Returns:
-            1 when a claim fails, else 0.
-        """
+        """Train, measure, judge and draw; see ``Study.run``."""
         return self.run_at(SCALES[scale], scale, out, overwrite)
 
     def run_at(self, size: Scale, scale: str, out: Path, overwrite: bool = False) -> int:

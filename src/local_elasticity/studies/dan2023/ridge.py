@@ -77,16 +77,7 @@ class RidgeStudy(Study):
     seed: int = 5
 
     def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
-        """Compute, judge and draw; every time at "paper", every 20th at "small".
-
-        Args:
-            scale: "small" or "paper".
-            out: the study's folder; an interrupted study continues there.
-            overwrite: throw away what is there.
-
-        Returns:
-            1 when a claim fails, else 0.
-        """
+        """Compute, judge and draw; every time at "paper", every 20th at "small"; see ``Study.run``."""
         return self.run_at(1 if scale == "paper" else 20, scale, out, overwrite)
 
     def run_at(self, every: int, scale: str, out: Path, overwrite: bool = False) -> int:

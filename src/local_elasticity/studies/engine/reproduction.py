@@ -166,7 +166,7 @@ def check_options(study: Study, order: Order) -> None:
         if option not in study.options:
             raise InputError(
                 expected=f"one of {_able(option)}" + (", which have several tasks" if option == "workers" else ""),
-                got=f"{order.name} with {words}" + (": it is a single task" if option == "workers" else ""),
+                got=f"{order.name} with {words}" + (": it is run as a single task" if option == "workers" else ""),
                 do="leave it out",
             )
 

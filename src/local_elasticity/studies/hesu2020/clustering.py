@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,15 +17,14 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 import local_elasticity as le
-from local_elasticity.base.files import write_whole
-from local_elasticity.base.parallel import read_record
-from local_elasticity.base.progress import duration
+from local_elasticity.base.parallel import Task, Workers, perform
+from local_elasticity.base.progress import told_aside
 from local_elasticity.report.figures import save
 from local_elasticity.report.similarity import clustering_accuracy
 from local_elasticity.runs.folders import prepare_folder
 from local_elasticity.similarity.kernels import Loss, loss_function, relative, s_ker_of, sigmoid_slope, symmetrised
 from local_elasticity.studies.engine.claims import Claim, judged, print_claims, status, write_claims
-from local_elasticity.studies.engine.study import Study
+from local_elasticity.studies.engine.study import Option, Study
 from local_elasticity.studies.hesu2020.training import network, train
 
 WIDTH = 40960
@@ -232,10 +231,8 @@ def published_agreement(model: nn.Module, samples: Samples, loss: Loss) -> dict[
 
 
 def task(name: str, images: Any, pair: Pair, size: Scale, seed: int, folder: Path, check: bool) -> dict[str, Any]:
-    """One pair and seed: baselines, then every network and twin; kept on disk when done, with one thread."""
-    path = folder / f"{name}-{pair.name.replace(' ', '')}-seed{seed}.json"
-    if path.exists():
-        return read_record(path)
+    """One pair and seed: baselines, then every network and twin, with one thread."""
+    path = _record(name, pair, seed, folder)
     with _one_thread():
         started = time.perf_counter()
         samples = samples_of(images, pair, size, seed)
@@ -265,8 +262,16 @@ def task(name: str, images: Any, pair: Pair, size: Scale, seed: int, folder: Pat
                     result["published"][f"{loss} {kind}"] = published_agreement(model, samples, loss)
                 checkpoint.unlink(missing_ok=True)
         result["seconds"] = time.perf_counter() - started
-    write_whole(path, json.dumps(result, indent=2))
     return result
+
+
+def _task(name: str, images: Any, pair: Pair, size: Scale, seed: int, folder: Path, check: bool) -> Task:
+    arguments = (name, images, pair, size, seed, folder, check)
+    return Task(f"{name} {pair.name}, seed {seed}", task, arguments, _record(name, pair, seed, folder))
+
+
+def _record(name: str, pair: Pair, seed: int, folder: Path) -> Path:
+    return folder / f"{name}-{pair.name.replace(' ', '')}-seed{seed}.json"
 
 
 def _counts(samples: Samples) -> list[int]:
@@ -303,15 +308,16 @@ class ClusteringStudy(Study):
     readers: dict[str, Callable[[int], Any]]
     pairs: dict[str, tuple[Pair, ...]] = field(default_factory=lambda: PAIRS)
 
-    def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
-        """Train, cluster and score every pair and seed; judge the claims, draw.
+    options: ClassVar[frozenset[Option]] = frozenset({"workers"})
 
-        Pairs and seeds go through ``joblib.Parallel``: ``joblib.parallel_config`` says where they run.
+    def run(self, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None) -> int:
+        """Train, cluster and score every pair and seed; judge the claims, draw.
 
         Args:
             scale: "small" or "paper".
             out: the study's folder; an interrupted study continues there.
             overwrite: throw away what is there.
+            workers: where pairs and seeds are done; one after the other in this process by default.
 
         Returns:
             1 when a claim fails, else 0.
@@ -319,35 +325,31 @@ class ClusteringStudy(Study):
         Raises:
             InputError: when no data set is at hand.
         """
-        return self.run_at(SCALES[scale], scale, out, overwrite)
+        return self.run_at(SCALES[scale], scale, out, overwrite, workers)
 
-    def run_at(self, size: Scale, scale: str, out: Path, overwrite: bool = False) -> int:
+    def run_at(
+        self, size: Scale, scale: str, out: Path, overwrite: bool = False, workers: Workers | None = None
+    ) -> int:
         """As ``run``, with the size given."""
-        from joblib import Parallel, delayed
-
         images, missing = self._read(size)
         origins = {name: one.origin for name, one in images.items()}
         settings = {"title": self.title, **asdict(size), "rates": RATES, "scale": scale, "data_origin": origins}
         prepare_folder(out, settings, overwrite)
-        (out / "tasks").mkdir(exist_ok=True)
-        jobs = [
-            (name, one, pair, size, seed, out / "tasks", at == 0 and seed == 0)
+        place = out / "tasks"
+        place.mkdir(exist_ok=True)
+        tasks = [
+            _task(name, one, pair, size, seed, place, at == 0 and seed == 0)
             for name, one in images.items()
             for at, pair in enumerate(self.pairs[name][: size.pairs.get(name)])
             for seed in range(size.seeds[name])
         ]
         print(
-            f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; {len(jobs)} pairs and seeds, "
+            f"{self.title}, scale {scale}: about {self.cost.get(scale, 'unknown time')}; {len(tasks)} pairs and seeds, "
             f"4 networks each; data: {'; '.join(origins.values())}",
             flush=True,
         )
-        started = time.perf_counter()
-        results = []
-        for result in Parallel(n_jobs=-1, return_as="generator_unordered")(delayed(task)(*job) for job in jobs):
-            results.append(result)
-            left = (time.perf_counter() - started) / len(results) * (len(jobs) - len(results))
-            if len(results) % max(1, len(jobs) // 10) == 0:
-                print(f"{len(results)} of {len(jobs)} done, about {duration(left)} left", flush=True)
+        with told_aside(lambda: f"{sum(one.record.exists() for one in tasks)} of {len(tasks)} done"):
+            results = perform(tasks, workers)
         order = [(name, pair.name) for name in images for pair in self.pairs[name]]
         results.sort(key=lambda one: (order.index((one["set"], one["pair"])), one["seed"]))
         return self._report(results, origins, missing, scale, size, out)

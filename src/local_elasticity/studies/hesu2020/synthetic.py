@@ -150,16 +150,7 @@ class SyntheticStudy(Study):
     seed: int = SEED
 
     def run(self, scale: str, out: Path, overwrite: bool = False) -> int:
-        """Train every network and twin, compare similarity with distance, judge, draw.
-
-        Args:
-            scale: "small" or "paper".
-            out: the study's folder; an interrupted study continues there.
-            overwrite: throw away what is there.
-
-        Returns:
-            1 when a claim fails, else 0.
-        """
+        """Train every network and twin, compare similarity with distance, judge, draw; see ``Study.run``."""
         return self.run_at(SCALES[scale], scale, out, overwrite)
 
     def run_at(self, size: Scale, scale: str, out: Path, overwrite: bool = False) -> int:
