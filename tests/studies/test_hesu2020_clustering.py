@@ -76,7 +76,8 @@ def test_similarities_are_those_of_the_library(loss):
     np.testing.assert_allclose(found["kernelised"], ker, rtol=1e-9)
 
 
-def test_runs_small_and_continues(tmp_path, monkeypatch, capsys):
+@pytest.mark.exhaustive
+def test_runs_small_continues_and_is_the_same_by_workers(tmp_path, monkeypatch, capsys):
     assert digits_study().run_at(SIZE, "test", tmp_path) == 0
     found = json.loads((tmp_path / "accuracies.json").read_text())
     assert [r["seed"] for r in found] == [0, 1]
@@ -93,19 +94,13 @@ def test_runs_small_and_continues(tmp_path, monkeypatch, capsys):
     assert "5 v 8" in (tmp_path / "claims.md").read_text()
     assert (tmp_path / "figures" / "accuracy-digits.png").stat().st_size > 10_000
     assert not list((tmp_path / "tasks").glob("*.pt"))
+    digits_study().run_at(SIZE, "test", tmp_path / "spread", workers=Workers("loky", 2))
+    spread = json.loads((tmp_path / "spread" / "accuracies.json").read_text())
+    assert [(r["scores"], r["trained"]) for r in spread] == [(r["scores"], r["trained"]) for r in found]
     capsys.readouterr()
     monkeypatch.setattr(hesu2020_clustering, "train", lambda *_, **__: pytest.fail("trained again"))
     digits_study().run_at(SIZE, "test", tmp_path)
     assert json.loads((tmp_path / "accuracies.json").read_text()) == found
-
-
-@pytest.mark.exhaustive
-def test_workers_give_the_serial_numbers(tmp_path):
-    for name, workers in (("serial", Workers()), ("spread", Workers("loky", 2))):
-        digits_study().run_at(SIZE, "test", tmp_path / name, workers=workers)
-    one, other = (json.loads((tmp_path / name / "accuracies.json").read_text()) for name in ("serial", "spread"))
-    assert [r["scores"] for r in one] == [r["scores"] for r in other]
-    assert [r["trained"] for r in one] == [r["trained"] for r in other]
 
 
 def test_same_seed_same_numbers(tmp_path):
