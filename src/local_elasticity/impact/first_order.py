@@ -11,7 +11,7 @@ from torch import Tensor
 from local_elasticity.base.errors import USER_ERRORS
 from local_elasticity.impact.pairs.capture import transformable
 from local_elasticity.impact.plan import Plan
-from local_elasticity.impact.problem import Problem
+from local_elasticity.impact.problem import Gradients, Problem
 
 ALLOWED = 0.02  # of a first-order change: how far a central difference of the real forward pass may be from it
 CHECKED_TARGETS = 8
@@ -54,11 +54,11 @@ def derivative_error(problem: Problem, source: int, linear: Float[Tensor, "rows 
     Returns:
         At most 1 where it is right.
     """
-    directions = problem.step.directions(problem.gradient(source)[1])
+    gradients = problem.gradient(source)[1]
     try:
-        exact = first_order_change(problem, directions, problem.targets[: len(linear)])
+        exact = first_order_change(problem, problem.step.directions(gradients), problem.targets[: len(linear)])
     except USER_ERRORS:
-        return difference_error(problem, source, linear) / ALLOWED
+        return difference_error(problem, source, linear, gradients) / ALLOWED
     return rounding_error(problem, exact, linear)
 
 
@@ -69,16 +69,24 @@ def rounding_error(problem: Problem, exact: Tensor, linear: Tensor) -> float:
     return float((exact - linear).norm()) / max(allowed, 1e-300)
 
 
-def difference_error(problem: Problem, source: int, linear: Float[Tensor, "rows outputs"]) -> float:
+def difference_error(
+    problem: Problem, source: int, linear: Float[Tensor, "rows outputs"], gradients: Gradients | None = None
+) -> float:
     """How far a first-order change of the first targets is from a central difference of real forward passes.
 
     The weights go along the step's direction, as far as moves the outputs by a size at which neither rounding nor
     curvature counts; less far where that crosses a kink.
 
+    Args:
+        problem: the problem.
+        source: whose step.
+        linear: its first-order change.
+        gradients: of that source, where they are at hand.
+
     Returns:
         ‖difference - linear‖ / ‖linear‖; 0 where both are within rounding.
     """
-    directions = problem.step.directions(problem.gradient(source)[1])
+    directions = problem.step.directions(problem.gradient(source)[1] if gradients is None else gradients)
     moving = [float(d.norm()) / (float(p.detach().norm()) + 1e-30) for p, d in _pairs(problem, directions)]
     eps, scale = torch.finfo(problem.output_dtype).eps, float(problem.before[: len(linear)].norm()) or 1.0
     size, longest = float(linear.norm()), max(moving)

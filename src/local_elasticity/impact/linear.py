@@ -28,7 +28,7 @@ from local_elasticity.impact.first_order import (
 from local_elasticity.impact.pairs.sweep import Contracted, prepare
 from local_elasticity.impact.plan import MemoryMeter, Plan, check_memory
 from local_elasticity.impact.problem import Problem
-from local_elasticity.impact.replay import finite_step
+from local_elasticity.impact.replay import look_after
 
 
 def measure_linear(
@@ -111,23 +111,20 @@ def _by_count(
 def _wrong(problem: Problem, result: Result, route: str, check_pairs: int) -> str | None:
     """Compare the changes of one source with real forward passes, of another with the derivative (of a contraction)."""
     source, other = problem.first_source, problem.n_sources - 1
+    loss, gradients = problem.gradient(source)
+    problem.check_loss(loss, source)
     if check_pairs:
-        result.linearization_error = _error_of_a_step(problem, result, source, min(check_pairs, problem.n_targets))
+        x = problem.targets[: min(check_pairs, problem.n_targets)]
+        finite = look_after(problem, gradients, x) - problem.forward(x)
+        result.linearization_error = relative_error(finite, result.change[source, : len(x)])
     if check_pairs < CHECKED_TARGETS or not result.linearization_error <= ALLOWED:
         # the step is curved, or lost in rounding: along the same direction, as far as neither counts
-        error = difference_error(problem, source, result.change[source, :CHECKED_TARGETS])
+        error = difference_error(problem, source, result.change[source, :CHECKED_TARGETS], gradients)
         if not error <= ALLOWED:
             return f"its changes at source {source} are off by {error:.2g} from those of real forward passes"
     if route == "contract" and not derivative_error(problem, other, result.change[other, :CHECKED_TARGETS]) <= 1:
         return NOT_THE_DERIVATIVE
     return None
-
-
-def _error_of_a_step(problem: Problem, result: Result, source: int, n_targets: int) -> float:
-    loss, after = finite_step(problem, source, problem.targets[:n_targets])
-    problem.check_loss(loss, source)
-    finite = after - problem.forward(problem.targets[:n_targets])
-    return relative_error(finite, result.change[source, :n_targets])
 
 
 def _contract(problem: Problem, ready: Contracted, plan: Plan, progress: bool, meter: MemoryMeter) -> Result:

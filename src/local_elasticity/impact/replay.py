@@ -30,12 +30,6 @@ class _Results:
     losses: Tensor
 
 
-def finite_step(problem: Problem, source: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of a source, and the outputs at ``x`` after the step of that source, in buffers of its own."""
-    loss, gradients = problem.gradient(source)
-    return loss, look_after(problem, gradients, x)
-
-
 def look_after(problem: Problem, gradients: Gradients, x: Tensor, buffers: list[Tensor] | None = None) -> Tensor:
     """The outputs at ``x`` after the step by these gradients, which is written to the buffers."""
     stepped = [torch.empty_like(p.data) for p in problem.parameters] if buffers is None else buffers
